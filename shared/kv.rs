@@ -1,0 +1,93 @@
+//! Geometry of the KV cache and of attention over it.
+//!
+//! The cache is `[layer_count, slot_count, kv_head_count, 2, context_max, head_dim] f32`; index 2 is
+//! keys (after RoPE), then values. Attention over a sequence is cut into splits of `span` positions.
+//! The cut depends on nothing but the position of the query token, so a token's result is the same
+//! in every step width and in any company.
+
+use crate::limits::{ATTENTION_SPAN_MIN, ATTENTION_SPLIT_MAX};
+
+/// Shape of a KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct KvGeometry {
+    /// Layers of the model.
+    pub layer_count: u32,
+    /// Sequences that can be resident.
+    pub slot_count: u32,
+    /// KV heads of a layer.
+    pub kv_head_count: u32,
+    /// Positions kept for a sequence.
+    pub context_max: u32,
+    /// Values in a key or value.
+    pub head_dim: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+impl KvGeometry {
+    /// Values kept for one head of one sequence, keys or values alone.
+    #[inline]
+    pub const fn plane_values(&self) -> u64 {
+        self.context_max as u64 * self.head_dim as u64
+    }
+
+    /// Index of the first key value of `(layer, slot, kv_head)`; the values follow one plane later.
+    #[inline]
+    pub const fn key_idx(&self, layer_idx: u32, slot: u32, kv_head_idx: u32) -> u64 {
+        let row = layer_idx as u64 * self.slot_count as u64 + slot as u64;
+        (row * self.kv_head_count as u64 + kv_head_idx as u64) * 2 * self.plane_values()
+    }
+
+    /// Values in the whole cache.
+    #[inline]
+    pub const fn value_count(&self) -> u64 {
+        self.key_idx(self.layer_count, 0, 0)
+    }
+}
+
+/// Positions in each attention split for a query at `position`.
+///
+/// `ATTENTION_SPAN_MIN` doubled until at most `ATTENTION_SPLIT_MAX` splits cover the positions.
+#[inline]
+pub const fn attention_span(position: u32) -> u32 {
+    let mut span = ATTENTION_SPAN_MIN;
+    while position / span >= ATTENTION_SPLIT_MAX {
+        span *= 2;
+    }
+    span
+}
+
+/// Number of attention splits for a query at `position`.
+#[inline]
+pub const fn attention_split_count(position: u32) -> u32 {
+    position / attention_span(position) + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_cover_every_position_within_the_bound() {
+        for position in (0..5000).chain([65_535, 65_536, 131_071, 1_000_000]) {
+            let (span, count) = (attention_span(position), attention_split_count(position));
+            assert!(span >= ATTENTION_SPAN_MIN && count <= ATTENTION_SPLIT_MAX);
+            assert!((count - 1) * span <= position && position < count * span);
+        }
+    }
+
+    #[test]
+    fn planes_do_not_overlap() {
+        let kv = KvGeometry {
+            layer_count: 3,
+            slot_count: 2,
+            kv_head_count: 5,
+            context_max: 7,
+            head_dim: 8,
+            reserved: 0,
+        };
+        assert_eq!(kv.key_idx(0, 0, 1) - kv.key_idx(0, 0, 0), 2 * kv.plane_values());
+        assert_eq!(kv.value_count(), 3 * 2 * 5 * 2 * 7 * 8);
+    }
+}

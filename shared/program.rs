@@ -1,0 +1,293 @@
+//! The program header: where everything is, and the sizes the ops share.
+
+use crate::event::EVENT_STRIDE_BYTES;
+use crate::kv::KvGeometry;
+use crate::limits::ATTENTION_SPLIT_MAX;
+use crate::queue::CURSOR_STRIDE_BYTES;
+use crate::sequence::{SequenceState, StepState};
+
+/// Sizes of the model and of the engine that the ops share.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct Dims {
+    /// Values in a hidden state.
+    pub hidden_dim: u32,
+    /// Values between the two halves of the feed-forward network.
+    pub intermediate_dim: u32,
+    /// Query heads.
+    pub head_count: u32,
+    /// Entries of the vocabulary.
+    pub vocab_size: u32,
+    /// Added to the mean square in every RMSNorm.
+    pub rms_norm_eps: f32,
+    /// Multiplies attention scores: `head_dim^-1/2`.
+    pub attention_scale: f32,
+    /// Tokens a step processes at most.
+    pub step_tokens_max: u32,
+    /// Rows of the largest linear task.
+    pub task_rows_max: u32,
+    /// Values in the longest row that a prologue produces.
+    pub prologue_dim_max: u32,
+    /// Keeps the KV geometry aligned.
+    pub reserved: u32,
+    /// The KV cache.
+    pub kv: KvGeometry,
+}
+
+impl Dims {
+    /// Values of one token's queries, keys and values.
+    #[inline]
+    pub const fn qkv_dim(&self) -> u32 {
+        (self.head_count + 2 * self.kv.kv_head_count) * self.kv.head_dim
+    }
+
+    /// Query heads of each KV head.
+    #[inline]
+    pub const fn heads_per_kv(&self) -> u32 {
+        self.head_count / self.kv.kv_head_count
+    }
+
+    /// Values of one attention split: the weighted sum of values, the largest score, the sum of
+    /// weights, and padding to a multiple of 16.
+    #[inline]
+    pub const fn split_values(&self) -> u32 {
+        (self.kv.head_dim + 2).next_multiple_of(16)
+    }
+
+    /// Index of the first value of split `split_idx` of `(token_idx, head_idx)` in the splits
+    /// region, `[tokens, head_count, ATTENTION_SPLIT_MAX, split_values] f32`.
+    #[inline]
+    pub const fn split_idx(&self, token_idx: u32, head_idx: u32, split_idx: u32) -> u64 {
+        let row = token_idx as u64 * self.head_count as u64 + head_idx as u64;
+        (row * ATTENTION_SPLIT_MAX as u64 + split_idx as u64) * self.split_values() as u64
+    }
+
+    /// Values of a worker's scratch for the input rows of a linear task or the rotated queries of an
+    /// attention task.
+    #[inline]
+    pub const fn scratch_input_values(&self) -> u64 {
+        let attention = self.heads_per_kv() * self.kv.head_dim;
+        let row = if attention > self.prologue_dim_max { attention } else { self.prologue_dim_max };
+        self.step_tokens_max as u64 * row.next_multiple_of(16) as u64
+    }
+
+    /// Values of a worker's scratch for the products of a linear task.
+    #[inline]
+    pub const fn scratch_output_values(&self) -> u64 {
+        self.step_tokens_max as u64 * self.task_rows_max.next_multiple_of(16) as u64
+    }
+
+    /// Bytes of one worker's scratch.
+    #[inline]
+    pub const fn scratch_bytes(&self) -> u64 {
+        align_up((self.scratch_input_values() + self.scratch_output_values()) * 4)
+    }
+}
+
+/// Alignment of every heap region: two cache lines.
+pub const REGION_ALIGN_BYTES: u64 = 128;
+
+const fn align_up(bytes: u64) -> u64 {
+    bytes.next_multiple_of(REGION_ALIGN_BYTES)
+}
+
+/// Bins of the sampler's histogram: one for each value of a byte.
+pub const SAMPLE_BIN_COUNT: u64 = 256;
+
+/// Heap offsets of every region, in bytes; the same on each device of a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct HeapPlan {
+    /// Event counters, `EVENT_STRIDE_BYTES` apart.
+    pub events: u64,
+    /// Queue cursors, `CURSOR_STRIDE_BYTES` apart.
+    pub cursors: u64,
+    /// One `StepState`.
+    pub step: u64,
+    /// `[slot_count] SequenceState`.
+    pub sequences: u64,
+    /// `[slot_count, context_max] u32`: each sequence's tokens.
+    pub tokens: u64,
+    /// `[slot_count, vocab_size] u32`: bit 31 if the prompt has the token; below, its count in the
+    /// answer.
+    pub token_marks: u64,
+    /// `[context_max, head_dim / 2] f32`.
+    pub rope_cos: u64,
+    /// `[context_max, head_dim / 2] f32`.
+    pub rope_sin: u64,
+    /// `[tokens, hidden_dim] f32`: the residual stream.
+    pub hidden: u64,
+    /// `[tokens, qkv_dim] f32`.
+    pub qkv: u64,
+    /// `[tokens, head_count, ATTENTION_SPLIT_MAX, split_values] f32`.
+    pub splits: u64,
+    /// `[tokens, intermediate_dim] f32`.
+    pub intermediate: u64,
+    /// `[tokens, vocab_size] f32`.
+    pub logits: u64,
+    /// The sampler's workspace: `[vocab_size] f32`, then `[SAMPLE_BIN_COUNT] u64`.
+    pub sample: u64,
+    /// `[worker_count]` scratches of `Dims::scratch_bytes`.
+    pub scratch: u64,
+    /// The KV cache, see `KvGeometry`.
+    pub kv: u64,
+    /// Bytes of the whole heap.
+    pub total_bytes: u64,
+}
+
+/// Number of regions in a heap.
+pub const REGION_COUNT: usize = 16;
+
+impl HeapPlan {
+    /// Lays out a heap for `worker_count` workers.
+    pub const fn new(dims: &Dims, worker_count: u32, event_count: u32) -> HeapPlan {
+        let kv = &dims.kv;
+        let tokens = dims.step_tokens_max as u64;
+        let slots = kv.slot_count as u64;
+        let rope = kv.context_max as u64 * (kv.head_dim / 2) as u64 * 4;
+        let sizes: [u64; REGION_COUNT] = [
+            event_count as u64 * EVENT_STRIDE_BYTES,
+            (worker_count as u64 + 1) * CURSOR_STRIDE_BYTES,
+            size_of::<StepState>() as u64,
+            slots * size_of::<SequenceState>() as u64,
+            slots * kv.context_max as u64 * 4,
+            slots * dims.vocab_size as u64 * 4,
+            rope,
+            rope,
+            tokens * dims.hidden_dim as u64 * 4,
+            tokens * dims.qkv_dim() as u64 * 4,
+            dims.split_idx(dims.step_tokens_max, 0, 0) * 4,
+            tokens * dims.intermediate_dim as u64 * 4,
+            tokens * dims.vocab_size as u64 * 4,
+            align_up(dims.vocab_size as u64 * 4) + SAMPLE_BIN_COUNT * 8,
+            worker_count as u64 * dims.scratch_bytes(),
+            kv.value_count() * 4,
+        ];
+        let mut offsets = [0u64; REGION_COUNT + 1];
+        let mut i = 0;
+        while i < REGION_COUNT {
+            offsets[i + 1] = offsets[i] + align_up(sizes[i]);
+            i += 1;
+        }
+        HeapPlan {
+            events: offsets[0],
+            cursors: offsets[1],
+            step: offsets[2],
+            sequences: offsets[3],
+            tokens: offsets[4],
+            token_marks: offsets[5],
+            rope_cos: offsets[6],
+            rope_sin: offsets[7],
+            hidden: offsets[8],
+            qkv: offsets[9],
+            splits: offsets[10],
+            intermediate: offsets[11],
+            logits: offsets[12],
+            sample: offsets[13],
+            scratch: offsets[14],
+            kv: offsets[15],
+            total_bytes: offsets[16],
+        }
+    }
+
+    /// Names and offsets of the regions in the order of their offsets, the end last.
+    pub const fn regions(&self) -> [(&'static str, u64); REGION_COUNT + 1] {
+        [
+            ("events", self.events),
+            ("cursors", self.cursors),
+            ("step", self.step),
+            ("sequences", self.sequences),
+            ("tokens", self.tokens),
+            ("token_marks", self.token_marks),
+            ("rope_cos", self.rope_cos),
+            ("rope_sin", self.rope_sin),
+            ("hidden", self.hidden),
+            ("qkv", self.qkv),
+            ("splits", self.splits),
+            ("intermediate", self.intermediate),
+            ("logits", self.logits),
+            ("sample", self.sample),
+            ("scratch", self.scratch),
+            ("kv", self.kv),
+            ("end", self.total_bytes),
+        ]
+    }
+}
+
+/// What the host gives to every worker. Addresses are in the device's memory.
+///
+/// Order: written before the workers start and never again.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub struct ProgramHeader {
+    /// `ABI_VERSION`.
+    pub abi_version: u32,
+    /// Workers.
+    pub worker_count: u32,
+    /// Tasks of a step.
+    pub task_count: u32,
+    /// Events of a step.
+    pub event_count: u32,
+    /// Event that `Admit` signals: a step has begun.
+    pub begin_event: u32,
+    /// Records in each worker's trace ring, a power of two; 0 for no trace.
+    pub trace_capacity: u32,
+    /// Time after which a wait inside a step is a fault.
+    pub wait_ns_max: u64,
+    /// Address of `[task_count] Task`.
+    pub tasks: u64,
+    /// Address of `[worker_count + 1] QueueSpan`.
+    pub queue_spans: u64,
+    /// Address of the queues' entries, task indices as `u32`.
+    pub queue_entries: u64,
+    /// Address of the heap.
+    pub heap: u64,
+    /// Address of the `Mailbox`.
+    pub mailbox: u64,
+    /// Address of the `FaultRecord`.
+    pub fault: u64,
+    /// Address of `[worker_count, trace_capacity] TraceRecord`.
+    pub trace: u64,
+    /// Shared sizes.
+    pub dims: Dims,
+    /// Where the heap's regions are.
+    pub plan: HeapPlan,
+}
+
+const _: () = assert!(size_of::<Dims>() == 64);
+const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
+const _: () = assert!(size_of::<ProgramHeader>() == 88 + 64 + 8 * (REGION_COUNT + 1));
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_aligned_and_in_order() {
+        let dims = Dims {
+            hidden_dim: 72,
+            intermediate_dim: 160,
+            head_count: 9,
+            vocab_size: 257,
+            step_tokens_max: 64,
+            task_rows_max: 33,
+            prologue_dim_max: 72,
+            kv: KvGeometry {
+                layer_count: 3,
+                slot_count: 2,
+                kv_head_count: 3,
+                context_max: 100,
+                head_dim: 8,
+                reserved: 0,
+            },
+            ..Dims::default()
+        };
+        let plan = HeapPlan::new(&dims, 3, 17);
+        let regions = plan.regions();
+        for pair in regions.windows(2) {
+            assert!(pair[0].1 < pair[1].1, "{} before {}", pair[0].0, pair[1].0);
+            assert_eq!(pair[1].1 % REGION_ALIGN_BYTES, 0);
+        }
+        assert_eq!(plan.total_bytes - plan.kv, (3u64 * 2 * 3 * 2 * 100 * 8 * 4).next_multiple_of(128));
+    }
+}

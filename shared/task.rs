@@ -1,0 +1,427 @@
+//! The task record: one tile of one operator, 128 bytes.
+//!
+//! A task waits for at most one event and signals at most one. What its op needs is packed into
+//! words and references by the `…Args` types here; the model crate packs, the device unpacks.
+//! References are byte addresses in the device's memory for weights, and byte offsets in the
+//! device's heap for everything a step computes.
+
+use crate::event::EventId;
+use crate::limits::SEGMENT_COUNT_MAX;
+
+/// What a task does; selects the op in `device/ops`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Opcode {
+    /// Nothing; measures the cost of a stage.
+    Empty = 0,
+    /// Decides which tokens the step processes.
+    Admit = 1,
+    /// Looks up the embeddings of the step's tokens.
+    Embed = 2,
+    /// Multiplies rows of weight matrices by the step's activations.
+    Linear = 3,
+    /// Appends to the KV cache and attends over it, for one KV head.
+    Attention = 4,
+    /// Chooses next tokens from logits and publishes them.
+    Sample = 5,
+}
+
+impl Opcode {
+    /// The opcode stored as `raw`.
+    #[inline]
+    pub const fn from_raw(raw: u16) -> Option<Opcode> {
+        Some(match raw {
+            0 => Opcode::Empty,
+            1 => Opcode::Admit,
+            2 => Opcode::Embed,
+            3 => Opcode::Linear,
+            4 => Opcode::Attention,
+            5 => Opcode::Sample,
+            _ => return None,
+        })
+    }
+
+    /// Name for traces and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Opcode::Empty => "empty",
+            Opcode::Admit => "admit",
+            Opcode::Embed => "embed",
+            Opcode::Linear => "linear",
+            Opcode::Attention => "attention",
+            Opcode::Sample => "sample",
+        }
+    }
+}
+
+/// How the values of a weight matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum WeightFormat {
+    /// IEEE binary32.
+    F32 = 0,
+    /// IEEE binary16.
+    F16 = 1,
+    /// The upper half of a binary32.
+    Bf16 = 2,
+}
+
+impl WeightFormat {
+    /// Bytes of one value.
+    #[inline]
+    pub const fn value_bytes(self) -> u64 {
+        match self {
+            WeightFormat::F32 => 4,
+            WeightFormat::F16 | WeightFormat::Bf16 => 2,
+        }
+    }
+
+    #[inline]
+    const fn from_raw(raw: u16) -> WeightFormat {
+        match raw {
+            0 => WeightFormat::F32,
+            1 => WeightFormat::F16,
+            _ => WeightFormat::Bf16,
+        }
+    }
+}
+
+/// What a linear task computes before it multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Prologue {
+    /// Nothing: the input rows are used as they are.
+    None = 0,
+    /// RMSNorm of the input rows.
+    RmsNorm = 1,
+    /// The attention splits of each head are merged into the input rows.
+    MergeSplits = 2,
+}
+
+/// What a linear task does with its products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Epilogue {
+    /// Adds the bias, if any, and stores.
+    Store = 0,
+    /// Adds the bias, if any, and the value in the output; stores the sum.
+    AddResidual = 1,
+    /// `silu(segment 0) * segment 1`, each with its bias, if any.
+    SiluMul = 2,
+}
+
+/// Which tokens of the step a linear task processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum TokenRows {
+    /// All; row `i` of the output belongs to token `i`.
+    All = 0,
+    /// Those whose logits are wanted; row `i` of the output is row `i` of the logits.
+    Logits = 1,
+}
+
+/// One tile task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C, align(128))]
+pub struct Task {
+    /// An `Opcode`.
+    pub opcode: u16,
+    /// Small choices of the op, packed by its `…Args` type.
+    pub flags: u16,
+    /// Event to wait for.
+    pub wait_event: EventId,
+    /// Arrivals of that event in each step.
+    pub wait_count: u32,
+    /// Event to signal once.
+    pub signal_event: EventId,
+    /// Op-specific words.
+    pub words: [u32; 10],
+    /// Op-specific references.
+    pub refs: [u64; 9],
+}
+
+const _: () = assert!(size_of::<Task>() == 128 && align_of::<Task>() == 128);
+
+impl Task {
+    /// A task of `opcode` without arguments and events.
+    pub const fn new(opcode: Opcode) -> Task {
+        Task {
+            opcode: opcode as u16,
+            flags: 0,
+            wait_event: EventId::NONE,
+            wait_count: 0,
+            signal_event: EventId::NONE,
+            words: [0; 10],
+            refs: [0; 9],
+        }
+    }
+}
+
+/// Rows of one weight matrix that a linear task multiplies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Segment {
+    /// Address of the first row, `[row_count, in_dim]` in the task's weight format.
+    pub weights: u64,
+    /// Address of the rows' biases, `[row_count] f32`; 0 for none.
+    pub bias: u64,
+    /// Number of rows; 0 for a segment that is not used.
+    pub row_count: u32,
+    /// Column of the output row where the first product goes.
+    pub out_first: u32,
+}
+
+/// Arguments of `Opcode::Linear`.
+///
+/// Shapes: input rows `[tokens, in_dim] f32`, `x_stride` values apart; output rows `y_stride` values
+/// apart. With `Prologue::MergeSplits`, `x` is the splits region and `x_stride` is not used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LinearArgs {
+    /// Computed before the product.
+    pub prologue: Prologue,
+    /// Computed after it.
+    pub epilogue: Epilogue,
+    /// Tokens it is computed for.
+    pub token_rows: TokenRows,
+    /// Format of all segments.
+    pub format: WeightFormat,
+    /// Values in an input row; a multiple of 8.
+    pub in_dim: u32,
+    /// Values from one input row to the next.
+    pub x_stride: u32,
+    /// Values from one output row to the next.
+    pub y_stride: u32,
+    /// Tasks with the same key share a prologue: a worker that has its result need not repeat it.
+    pub prologue_key: u32,
+    /// Heap offset of the input.
+    pub x: u64,
+    /// Heap offset of the output.
+    pub y: u64,
+    /// Address of the norm's weight, `[in_dim] f32`; 0 unless the prologue is `RmsNorm`.
+    pub norm_weight: u64,
+    /// The rows.
+    pub segments: [Segment; SEGMENT_COUNT_MAX],
+}
+
+impl LinearArgs {
+    /// The task record with these arguments and no events.
+    pub const fn pack(&self) -> Task {
+        let mut task = Task::new(Opcode::Linear);
+        task.flags = self.prologue as u16
+            | (self.epilogue as u16) << 2
+            | (self.token_rows as u16) << 4
+            | (self.format as u16) << 5;
+        let [a, b, c] = self.segments;
+        task.words = [
+            self.in_dim,
+            self.x_stride,
+            self.y_stride,
+            self.prologue_key,
+            a.row_count,
+            a.out_first,
+            b.row_count,
+            b.out_first,
+            c.row_count,
+            c.out_first,
+        ];
+        task.refs = [
+            self.x,
+            self.y,
+            self.norm_weight,
+            a.weights,
+            a.bias,
+            b.weights,
+            b.bias,
+            c.weights,
+            c.bias,
+        ];
+        task
+    }
+
+    /// The arguments of a linear task.
+    #[inline]
+    pub const fn unpack(task: &Task) -> LinearArgs {
+        let (w, r) = (&task.words, &task.refs);
+        LinearArgs {
+            prologue: match task.flags & 3 {
+                0 => Prologue::None,
+                1 => Prologue::RmsNorm,
+                _ => Prologue::MergeSplits,
+            },
+            epilogue: match task.flags >> 2 & 3 {
+                0 => Epilogue::Store,
+                1 => Epilogue::AddResidual,
+                _ => Epilogue::SiluMul,
+            },
+            token_rows: if task.flags >> 4 & 1 == 0 { TokenRows::All } else { TokenRows::Logits },
+            format: WeightFormat::from_raw(task.flags >> 5),
+            in_dim: w[0],
+            x_stride: w[1],
+            y_stride: w[2],
+            prologue_key: w[3],
+            x: r[0],
+            y: r[1],
+            norm_weight: r[2],
+            segments: [
+                Segment { weights: r[3], bias: r[4], row_count: w[4], out_first: w[5] },
+                Segment { weights: r[5], bias: r[6], row_count: w[6], out_first: w[7] },
+                Segment { weights: r[7], bias: r[8], row_count: w[8], out_first: w[9] },
+            ],
+        }
+    }
+
+    /// Rows of all segments.
+    #[inline]
+    pub const fn row_count(&self) -> u32 {
+        let [a, b, c] = self.segments;
+        a.row_count + b.row_count + c.row_count
+    }
+
+    /// Bytes of weights the task reads.
+    #[inline]
+    pub const fn weight_bytes(&self) -> u64 {
+        self.row_count() as u64 * self.in_dim as u64 * self.format.value_bytes()
+    }
+}
+
+/// Arguments of `Opcode::Attention`: one KV head, one part of the splits.
+///
+/// The task appends the step's keys and values at the positions that fall into its splits, and
+/// attends to those splits: `part_idx, part_idx + part_count, …` of each token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct AttentionArgs {
+    /// Layer in the KV cache.
+    pub layer_idx: u32,
+    /// KV head.
+    pub kv_head_idx: u32,
+    /// Which part of the splits.
+    pub part_idx: u32,
+    /// Parts the splits are dealt to.
+    pub part_count: u32,
+    /// Heap offset of `[tokens, (head_count + 2 * kv_head_count) * head_dim] f32`: queries, keys,
+    /// values.
+    pub qkv: u64,
+    /// Heap offset of the splits region (`HeapPlan::splits`).
+    pub splits: u64,
+    /// Address of the query norm's weight, `[head_dim] f32`; 0 for none.
+    pub query_norm: u64,
+    /// Address of the key norm's weight, `[head_dim] f32`; 0 for none.
+    pub key_norm: u64,
+}
+
+impl AttentionArgs {
+    /// The task record with these arguments and no events.
+    pub const fn pack(&self) -> Task {
+        let mut task = Task::new(Opcode::Attention);
+        task.words[0] = self.layer_idx;
+        task.words[1] = self.kv_head_idx;
+        task.words[2] = self.part_idx;
+        task.words[3] = self.part_count;
+        task.refs[0] = self.qkv;
+        task.refs[1] = self.splits;
+        task.refs[2] = self.query_norm;
+        task.refs[3] = self.key_norm;
+        task
+    }
+
+    /// The arguments of an attention task.
+    #[inline]
+    pub const fn unpack(task: &Task) -> AttentionArgs {
+        AttentionArgs {
+            layer_idx: task.words[0],
+            kv_head_idx: task.words[1],
+            part_idx: task.words[2],
+            part_count: task.words[3],
+            qkv: task.refs[0],
+            splits: task.refs[1],
+            query_norm: task.refs[2],
+            key_norm: task.refs[3],
+        }
+    }
+}
+
+/// Arguments of `Opcode::Embed`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct EmbedArgs {
+    /// Format of the table.
+    pub format: WeightFormat,
+    /// Address of the table, `[vocab_size, hidden_dim]`.
+    pub table: u64,
+    /// Heap offset of the output, `[tokens, hidden_dim] f32`.
+    pub hidden: u64,
+}
+
+impl EmbedArgs {
+    /// The task record with these arguments and no events.
+    pub const fn pack(&self) -> Task {
+        let mut task = Task::new(Opcode::Embed);
+        task.flags = self.format as u16;
+        task.refs[0] = self.table;
+        task.refs[1] = self.hidden;
+        task
+    }
+
+    /// The arguments of an embedding task.
+    #[inline]
+    pub const fn unpack(task: &Task) -> EmbedArgs {
+        EmbedArgs {
+            format: WeightFormat::from_raw(task.flags),
+            table: task.refs[0],
+            hidden: task.refs[1],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linear_args_survive_packing() {
+        let segment = |n: u32| Segment {
+            weights: n as u64 + 1,
+            bias: n as u64 + 2,
+            row_count: n + 3,
+            out_first: n + 4,
+        };
+        for prologue in [Prologue::None, Prologue::RmsNorm, Prologue::MergeSplits] {
+            for epilogue in [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul] {
+                for token_rows in [TokenRows::All, TokenRows::Logits] {
+                    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+                        let args = LinearArgs {
+                            prologue,
+                            epilogue,
+                            token_rows,
+                            format,
+                            in_dim: 72,
+                            x_stride: 73,
+                            y_stride: 74,
+                            prologue_key: 75,
+                            x: 1 << 40,
+                            y: 2 << 40,
+                            norm_weight: 3 << 40,
+                            segments: [segment(10), segment(20), segment(30)],
+                        };
+                        assert_eq!(LinearArgs::unpack(&args.pack()), args);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn attention_and_embed_args_survive_packing() {
+        let attention = AttentionArgs {
+            layer_idx: 1,
+            kv_head_idx: 2,
+            part_idx: 3,
+            part_count: 4,
+            qkv: 5 << 33,
+            splits: 6 << 33,
+            query_norm: 7 << 33,
+            key_norm: 8 << 33,
+        };
+        assert_eq!(AttentionArgs::unpack(&attention.pack()), attention);
+        let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };
+        assert_eq!(EmbedArgs::unpack(&embed.pack()), embed);
+    }
+}
