@@ -27,12 +27,6 @@ pub enum Error {
     /// A checkpoint that cannot be loaded.
     #[error(transparent)]
     Load(#[from] crate::load::LoadError),
-    /// A model that cannot be lowered to a program.
-    #[error(transparent)]
-    Lower(#[from] tilert_mk_model::lower::LowerError),
-    /// A program that the validator rejects: a defect of this software.
-    #[error("the lowered program is broken, which is a defect of tilert-mk: {0}")]
-    Validate(#[from] tilert_mk_model::validate::ValidateError),
     /// A tokenizer or chat template that cannot be used.
     #[error("{path}: {message}", path = path.display())]
     Tokenizer {

@@ -56,10 +56,7 @@ impl Shard {
         // the file. Another process could: that is the residual risk in the head of this file.
         let map = unsafe { Mmap::map(&file) };
         match map {
-            Ok(map) => Ok(Self {
-                path,
-                bytes: Bytes::Mapped(map),
-            }),
+            Ok(map) => Ok(Self { path, bytes: Bytes::Mapped(map) }),
             Err(source) => Err(LoadError::File { path, source }),
         }
     }
@@ -114,16 +111,11 @@ impl Checkpoint {
                 let path = dir.join(file_name);
                 checkpoint.add_shard(Shard::map(path.clone())?, |name| names.contains(name))?;
                 if let Some(name) = names.iter().find(|n| !checkpoint.tensors.contains_key(*n)) {
-                    return Err(LoadError::Missing {
-                        path,
-                        name: shorten(name),
-                    });
+                    return Err(LoadError::Missing { path, name: shorten(name) });
                 }
             }
         } else {
-            return Err(LoadError::NoWeights {
-                dir: dir.to_owned(),
-            });
+            return Err(LoadError::NoWeights { dir: dir.to_owned() });
         }
         Ok(checkpoint)
     }
@@ -140,13 +132,7 @@ impl Checkpoint {
             tensors: BTreeMap::new(),
         };
         let path = PathBuf::from("(embedded)/model.safetensors");
-        checkpoint.add_shard(
-            Shard {
-                path,
-                bytes: Bytes::Static(weights),
-            },
-            |_| true,
-        )?;
+        checkpoint.add_shard(Shard { path, bytes: Bytes::Static(weights) }, |_| true)?;
         Ok(checkpoint)
     }
 
@@ -181,25 +167,13 @@ impl Checkpoint {
     ///
     /// Errors:  `Missing`, or `Dtype` if its elements are not F32, F16 or BF16.
     pub fn require(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
-        let missing = || LoadError::Missing {
-            path: self.path.clone(),
-            name: shorten(name),
-        };
+        let missing = || LoadError::Missing { path: self.path.clone(), name: shorten(name) };
         let place = self.tensors.get(name).ok_or_else(missing)?;
         let shard = self.shards.get(place.shard_idx).ok_or_else(missing)?;
-        let Entry {
-            dtype,
-            stored_dtype,
-            shape,
-            range,
-        } = &place.entry;
+        let Entry { dtype, stored_dtype, shape, range } = &place.entry;
         let Some(dtype) = *dtype else {
             let (path, dtype) = (shard.path.clone(), *stored_dtype);
-            return Err(LoadError::Dtype {
-                path,
-                name: shorten(name),
-                dtype,
-            });
+            return Err(LoadError::Dtype { path, name: shorten(name), dtype });
         };
         let data = shard.bytes().get(range.clone()).ok_or_else(missing)?;
         Ok(TensorView { dtype, shape, data })
@@ -224,13 +198,10 @@ impl Checkpoint {
     /// Whether every tensor of a supported type starts at a multiple of its element's size, so that
     /// its bytes may be viewed as elements in place. If not, use `copied`, which aligns everything.
     pub fn is_aligned(&self) -> bool {
-        self.tensors
-            .keys()
-            .filter_map(|name| self.tensor(name))
-            .all(|view| {
-                let address = view.data.as_ptr().addr() as u64;
-                view.data.is_empty() || address.is_multiple_of(view.dtype.byte_count())
-            })
+        self.tensors.keys().filter_map(|name| self.tensor(name)).all(|view| {
+            let address = view.data.as_ptr().addr() as u64;
+            view.data.is_empty() || address.is_multiple_of(view.dtype.byte_count())
+        })
     }
 }
 
@@ -242,15 +213,10 @@ impl WeightSource for Checkpoint {
 
 /// Opens a regular file, or a link to one.
 fn open_file(path: &Path) -> Result<File, LoadError> {
-    let file_error = |source| LoadError::File {
-        path: path.to_owned(),
-        source,
-    };
+    let file_error = |source| LoadError::File { path: path.to_owned(), source };
     // Asked before `open`, which would wait for a writer if this were a pipe.
     if !std::fs::metadata(path).map_err(file_error)?.is_file() {
-        return Err(LoadError::NotFile {
-            path: path.to_owned(),
-        });
+        return Err(LoadError::NotFile { path: path.to_owned() });
     }
     File::open(path).map_err(file_error)
 }
@@ -266,15 +232,11 @@ fn read_text(path: &Path) -> Result<Option<String>, LoadError> {
     };
     let mut text = String::new();
     match file.take(TEXT_BYTES_MAX + 1).read_to_string(&mut text) {
-        Ok(byte_count) if byte_count as u64 > TEXT_BYTES_MAX => Err(LoadError::TooLong {
-            path: path.to_owned(),
-            bytes_max: TEXT_BYTES_MAX,
-        }),
+        Ok(byte_count) if byte_count as u64 > TEXT_BYTES_MAX => {
+            Err(LoadError::TooLong { path: path.to_owned(), bytes_max: TEXT_BYTES_MAX })
+        }
         Ok(_) => Ok(Some(text)),
-        Err(source) => Err(LoadError::File {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(LoadError::File { path: path.to_owned(), source }),
     }
 }
 

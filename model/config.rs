@@ -230,9 +230,7 @@ impl ModelConfig {
         let vocab_size = fields.integer("vocab_size", 1..=VOCAB_SIZE_MAX)?;
         let position_max = fields.integer("max_position_embeddings", 1..=POSITION_COUNT_MAX)?;
         let attention_bias = fields.boolean("attention_bias")?.unwrap_or(false);
-        let eos_ids = fields
-            .token_ids("eos_token_id", vocab_size)?
-            .unwrap_or_default();
+        let eos_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or_default();
         let bos_id = fields.optional_integer("bos_token_id", 0..=vocab_size - 1)?;
         Ok(Self {
             architecture,
@@ -305,10 +303,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ConfigError> {
 
 /// Refuses what would change the result and is not implemented, instead of ignoring it.
 fn refuse_unsupported(fields: &Fields<'_>, family: Architecture) -> Result<(), ConfigError> {
-    if fields
-        .text("hidden_act")?
-        .is_some_and(|name| name != "silu")
-    {
+    if fields.text("hidden_act")?.is_some_and(|name| name != "silu") {
         return Err(fields.refuse("hidden_act", "silu"));
     }
     if fields.present("quantization_config") {
@@ -341,14 +336,9 @@ fn dim(fields: &Fields<'_>, key: &str, max: u32) -> Result<u32, ConfigError> {
 fn heads(fields: &Fields<'_>, hidden_dim: u32) -> Result<(u32, u32, u32), ConfigError> {
     let head_count = fields.integer("num_attention_heads", 1..=QUERY_DIM_MAX)?;
     let key = "num_key_value_heads";
-    let kv_head_count = fields
-        .optional_integer(key, 1..=head_count)?
-        .unwrap_or(head_count);
+    let kv_head_count = fields.optional_integer(key, 1..=head_count)?.unwrap_or(head_count);
     if !head_count.is_multiple_of(kv_head_count) {
-        return Err(fields.refuse(
-            key,
-            &format!("a divisor of num_attention_heads {head_count}"),
-        ));
+        return Err(fields.refuse(key, &format!("a divisor of num_attention_heads {head_count}")));
     }
     let head_dim = match fields.optional_integer("head_dim", 2..=HEAD_DIM_MAX)? {
         Some(head_dim) => head_dim,

@@ -108,9 +108,8 @@ impl Reference {
     pub fn new(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self, ReferenceError> {
         let loader = Loader { config, source };
         let table = [config.vocab_size, config.hidden_dim];
-        let layers: Result<Vec<_>, _> = (0..config.layer_count)
-            .map(|layer_idx| loader.layer(layer_idx))
-            .collect();
+        let layers: Result<Vec<_>, _> =
+            (0..config.layer_count).map(|layer_idx| loader.layer(layer_idx)).collect();
         Ok(Self {
             embedding: loader.tensor("model.embed_tokens.weight", &table)?,
             layers: layers?,
@@ -145,10 +144,7 @@ impl Reference {
 
     /// Runs one token through the whole network and appends it to the sequence.
     fn step(&mut self, token: u32) -> Vec<f32> {
-        assert!(
-            token < self.config.vocab_size,
-            "token {token} is outside the vocabulary"
-        );
+        assert!(token < self.config.vocab_size, "token {token} is outside the vocabulary");
         let hidden_dim = self.config.hidden_dim as usize;
         let (cos, sin) = rope::row(&self.inv_freq, self.attention_factor, self.position);
         let mut hidden = embed(&self.embedding, hidden_dim, token);
@@ -160,11 +156,7 @@ impl Reference {
         }
         self.position += 1;
         let normed = rms_norm(&hidden, &self.final_norm, self.config.rms_norm_eps);
-        let head = if self.config.tied_head {
-            &self.embedding
-        } else {
-            &self.head
-        };
+        let head = if self.config.tied_head { &self.embedding } else { &self.head };
         matvec(head, &normed)
     }
 }
@@ -196,19 +188,13 @@ impl Layer {
             head_dim: config.head_dim,
             sliding_window: config.sliding_window,
         };
-        self.output.apply(&attention(
-            &shape,
-            &query,
-            &self.key_cache,
-            &self.value_cache,
-        ))
+        self.output.apply(&attention(&shape, &query, &self.key_cache, &self.value_cache))
     }
 
     /// The gated MLP of one token: what is added to `hidden`.
     fn transform(&self, config: &ModelConfig, hidden: &[f32]) -> Vec<f32> {
         let x = rms_norm(hidden, &self.post_norm, config.rms_norm_eps);
-        self.down
-            .apply(&silu_mul(&self.gate.apply(&x), &self.up.apply(&x)))
+        self.down.apply(&silu_mul(&self.gate.apply(&x), &self.up.apply(&x)))
     }
 }
 
@@ -227,11 +213,7 @@ impl Loader<'_> {
         };
         let expected: Vec<u64> = shape.iter().map(|axis| u64::from(*axis)).collect();
         if view.shape != expected {
-            return Err(ReferenceError::Shape {
-                name,
-                found: view.shape.to_vec(),
-                expected,
-            });
+            return Err(ReferenceError::Shape { name, found: view.shape.to_vec(), expected });
         }
         if !view.is_consistent() {
             let byte_count = view.data.len() as u64;
@@ -247,21 +229,14 @@ impl Loader<'_> {
         name: &str,
         shape: &[u32],
     ) -> Result<Vec<f32>, ReferenceError> {
-        if exists {
-            self.tensor(name, shape)
-        } else {
-            Ok(Vec::new())
-        }
+        if exists { self.tensor(name, shape) } else { Ok(Vec::new()) }
     }
 
     /// A matrix `[rows, columns]` with an optional bias `[rows]`.
     fn linear(&self, name: &str, shape: [u32; 2], biased: bool) -> Result<Linear, ReferenceError> {
         let weight = self.tensor(&format!("{name}.weight"), &shape)?;
         let [rows, _] = shape;
-        Ok(Linear {
-            weight,
-            bias: self.tensor_if(biased, &format!("{name}.bias"), &[rows])?,
-        })
+        Ok(Linear { weight, bias: self.tensor_if(biased, &format!("{name}.bias"), &[rows])? })
     }
 
     /// All tensors of one layer, with empty caches.
@@ -277,28 +252,13 @@ impl Loader<'_> {
             query: linear("self_attn.q_proj", c.query_dim(), c.hidden_dim, c.qkv_bias)?,
             key: linear("self_attn.k_proj", c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
             value: linear("self_attn.v_proj", c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
-            output: linear(
-                "self_attn.o_proj",
-                c.hidden_dim,
-                c.query_dim(),
-                c.output_bias,
-            )?,
+            output: linear("self_attn.o_proj", c.hidden_dim, c.query_dim(), c.output_bias)?,
             query_norm: head_norm("self_attn.q_norm.weight")?,
             key_norm: head_norm("self_attn.k_norm.weight")?,
             post_norm: norm("post_attention_layernorm.weight")?,
-            gate: linear(
-                "mlp.gate_proj",
-                c.intermediate_dim,
-                c.hidden_dim,
-                c.mlp_bias,
-            )?,
+            gate: linear("mlp.gate_proj", c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
             up: linear("mlp.up_proj", c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
-            down: linear(
-                "mlp.down_proj",
-                c.hidden_dim,
-                c.intermediate_dim,
-                c.mlp_bias,
-            )?,
+            down: linear("mlp.down_proj", c.hidden_dim, c.intermediate_dim, c.mlp_bias)?,
             key_cache: Vec::new(),
             value_cache: Vec::new(),
         })

@@ -35,16 +35,9 @@ pub fn inv_freq(config: &ModelConfig) -> Vec<f32> {
         RopeScaling::Linear { factor } => {
             periods.map(|period| 1.0 / period / factor as f32).collect()
         }
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_positions,
-        } => {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_positions } => {
             let bounds = (low_freq_factor, high_freq_factor);
-            periods
-                .map(|period| llama3(1.0 / period, factor, bounds, original_positions))
-                .collect()
+            periods.map(|period| llama3(1.0 / period, factor, bounds, original_positions)).collect()
         }
         RopeScaling::Yarn { factor, .. } => {
             let (low, high) = yarn_ramp(config);
@@ -77,13 +70,8 @@ fn llama3(inv: f32, factor: f64, bounds: (f64, f64), original_positions: u32) ->
 ///
 /// Any other scaling has no ramp; 0 and 1 stand for it.
 fn yarn_ramp(config: &ModelConfig) -> (f32, f32) {
-    let RopeScaling::Yarn {
-        original_positions,
-        beta_fast,
-        beta_slow,
-        truncate,
-        ..
-    } = config.rope.scaling
+    let RopeScaling::Yarn { original_positions, beta_fast, beta_slow, truncate, .. } =
+        config.rope.scaling
     else {
         return (0.0, 1.0);
     };
@@ -108,13 +96,8 @@ fn yarn_ramp(config: &ModelConfig) -> (f32, f32) {
 /// Numerics: computed in f64, rounded once.
 /// Source:  `transformers` `_compute_yarn_parameters`; plain YaRN gives 0.1 ln(factor) + 1.
 pub fn attention_factor(config: &ModelConfig) -> f32 {
-    let RopeScaling::Yarn {
-        factor,
-        attention_factor,
-        mscale,
-        mscale_all_dim,
-        ..
-    } = config.rope.scaling
+    let RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } =
+        config.rope.scaling
     else {
         return 1.0;
     };
@@ -140,10 +123,7 @@ pub fn attention_factor(config: &ModelConfig) -> f32 {
 /// Numerics: as `row`.
 pub fn tables(config: &ModelConfig, positions: u32) -> RopeTables {
     let (inv_freq, factor) = (inv_freq(config), attention_factor(config));
-    let mut result = RopeTables {
-        cos: Vec::new(),
-        sin: Vec::new(),
-    };
+    let mut result = RopeTables { cos: Vec::new(), sin: Vec::new() };
     let count = positions as usize * inv_freq.len();
     result.cos.reserve_exact(count);
     result.sin.reserve_exact(count);
@@ -184,10 +164,7 @@ mod tests {
 
     fn close(left: f32, right: f64) {
         let relative = (f64::from(left) - right).abs() / right.abs();
-        assert!(
-            relative < 2e-7,
-            "{left} is not {right}: relative difference {relative:e}"
-        );
+        assert!(relative < 2e-7, "{left} is not {right}: relative difference {relative:e}");
     }
 
     #[test]
@@ -266,10 +243,7 @@ mod tests {
         let both = factor(r#", "mscale": 0.7, "mscale_all_dim": 1.0"#);
         close(both, magnitude(0.7) / magnitude(1.0));
         // A zero or missing coefficient falls back to the plain formula.
-        close(
-            factor(r#", "mscale": 1.0, "mscale_all_dim": 0.0"#),
-            magnitude(1.0),
-        );
+        close(factor(r#", "mscale": 1.0, "mscale_all_dim": 0.0"#), magnitude(1.0));
         close(factor(r#", "mscale": 0.7"#), magnitude(1.0));
     }
 
@@ -281,21 +255,14 @@ mod tests {
             );
             for theta in [1.00001, 10.0, 1e12] {
                 let inv = inv_freq(&config(8, theta, &scaling));
-                assert!(
-                    inv.iter().all(|f| f.is_finite() && *f > 0.0),
-                    "{original} {theta}"
-                );
+                assert!(inv.iter().all(|f| f.is_finite() && *f > 0.0), "{original} {theta}");
             }
         }
     }
 
     #[test]
     fn tables_hold_rows_of_cos_and_sin() {
-        let config = config(
-            8,
-            1e4,
-            r#"{"type": "yarn", "factor": 4, "attention_factor": 2}"#,
-        );
+        let config = config(8, 1e4, r#"{"type": "yarn", "factor": 4, "attention_factor": 2}"#);
         let tables = tables(&config, 3);
         assert_eq!((tables.cos.len(), tables.sin.len()), (12, 12));
         assert_eq!(tables.cos[..4], [2.0; 4]);

@@ -66,16 +66,12 @@ pub struct TensorView<'a> {
 impl TensorView<'_> {
     /// Product of the axes; `None` if it overflows.
     pub fn element_count(&self) -> Option<u64> {
-        self.shape
-            .iter()
-            .try_fold(1u64, |product, axis| product.checked_mul(*axis))
+        self.shape.iter().try_fold(1u64, |product, axis| product.checked_mul(*axis))
     }
 
     /// Whether `data` is exactly as long as `shape` and `dtype` say.
     pub fn is_consistent(&self) -> bool {
-        let byte_count = self
-            .element_count()
-            .and_then(|n| n.checked_mul(self.dtype.byte_count()));
+        let byte_count = self.element_count().and_then(|n| n.checked_mul(self.dtype.byte_count()));
         byte_count == Some(self.data.len() as u64)
     }
 
@@ -87,12 +83,8 @@ impl TensorView<'_> {
                 let words = self.data.as_chunks().0.iter();
                 words.map(|bytes| f32::from_le_bytes(*bytes)).collect()
             }
-            Dtype::F16 => halves
-                .map(|bytes| f16::from_le_bytes(*bytes).to_f32())
-                .collect(),
-            Dtype::Bf16 => halves
-                .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
-                .collect(),
+            Dtype::F16 => halves.map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect(),
+            Dtype::Bf16 => halves.map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
         }
     }
 }
@@ -115,10 +107,7 @@ mod tests {
     fn widening_is_exact() {
         let values = [0.0f32, -1.5, 65504.0, f32::INFINITY];
         let single: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let half: Vec<u8> = values
-            .iter()
-            .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-            .collect();
+        let half: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
         assert_eq!(view(Dtype::F32, &[4], &single).to_f32(), values);
         assert_eq!(view(Dtype::F16, &[2, 2], &half).to_f32(), values);
         assert_eq!(view(Dtype::Bf16, &[1], &[0xc0, 0xbf]).to_f32(), [-1.5]);

@@ -288,6 +288,9 @@ mod tests {
             assert!(pair[0].1 < pair[1].1, "{} before {}", pair[0].0, pair[1].0);
             assert_eq!(pair[1].1 % REGION_ALIGN_BYTES, 0);
         }
-        assert_eq!(plan.total_bytes - plan.kv, (3u64 * 2 * 3 * 2 * 100 * 8 * 4).next_multiple_of(128));
+        assert_eq!(
+            plan.total_bytes - plan.kv,
+            (3u64 * 2 * 3 * 2 * 100 * 8 * 4).next_multiple_of(128)
+        );
     }
 }

@@ -30,10 +30,7 @@ pub(super) struct Plan {
 impl Plan {
     /// A plan without tensors.
     pub(super) fn new() -> Self {
-        Self {
-            slots: Vec::new(),
-            byte_count: 0,
-        }
+        Self { slots: Vec::new(), byte_count: 0 }
     }
 
     /// Reserves room for a tensor behind the others.
@@ -45,27 +42,13 @@ impl Plan {
         dtype: Dtype,
         shape: &[u64],
     ) -> Result<(), LoadError> {
-        let overflow = || LoadError::Overflow {
-            name: shorten(name),
-        };
-        let bytes = shape
-            .iter()
-            .try_fold(dtype.byte_count(), |n, axis| n.checked_mul(*axis));
-        let bytes = bytes
-            .and_then(|n| usize::try_from(n).ok())
-            .ok_or_else(overflow)?;
-        let start = self
-            .byte_count
-            .checked_next_multiple_of(TENSOR_ALIGN)
-            .ok_or_else(overflow)?;
+        let overflow = || LoadError::Overflow { name: shorten(name) };
+        let bytes = shape.iter().try_fold(dtype.byte_count(), |n, axis| n.checked_mul(*axis));
+        let bytes = bytes.and_then(|n| usize::try_from(n).ok()).ok_or_else(overflow)?;
+        let start = self.byte_count.checked_next_multiple_of(TENSOR_ALIGN).ok_or_else(overflow)?;
         let end = start.checked_add(bytes).ok_or_else(overflow)?;
         let (name, shape) = (name.to_owned(), shape.to_vec());
-        self.slots.push(Slot {
-            name,
-            dtype,
-            shape,
-            range: start..end,
-        });
+        self.slots.push(Slot { name, dtype, shape, range: start..end });
         self.byte_count = end;
         Ok(())
     }
@@ -74,10 +57,7 @@ impl Plan {
     ///
     /// Errors:  `Memory`.
     pub(super) fn map(&self) -> Result<MmapMut, LoadError> {
-        let memory = |source| LoadError::Memory {
-            byte_count: self.byte_count as u64,
-            source,
-        };
+        let memory = |source| LoadError::Memory { byte_count: self.byte_count as u64, source };
         // An empty mapping is not possible everywhere.
         let map = MmapMut::map_anon(self.byte_count.max(1)).map_err(memory)?;
         // Advice only: a kernel without huge pages gives small ones, which are slower, not wrong.
@@ -93,16 +73,8 @@ impl Plan {
         let byte_count = self.byte_count as u64;
         let map = map.make_read_only();
         let map = map.map_err(|source| LoadError::Memory { byte_count, source })?;
-        let slots = self
-            .slots
-            .into_iter()
-            .map(|slot| (slot.name.clone(), slot))
-            .collect();
-        Ok(Arena {
-            map,
-            slots,
-            byte_count,
-        })
+        let slots = self.slots.into_iter().map(|slot| (slot.name.clone(), slot)).collect();
+        Ok(Arena { map, slots, byte_count })
     }
 }
 
@@ -124,11 +96,7 @@ impl WeightSource for Arena {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let slot = self.slots.get(name)?;
         let data = self.map.get(slot.range.clone())?;
-        Some(TensorView {
-            dtype: slot.dtype,
-            shape: &slot.shape,
-            data,
-        })
+        Some(TensorView { dtype: slot.dtype, shape: &slot.shape, data })
     }
 }
 
@@ -151,19 +119,8 @@ mod tests {
         assert_eq!(arena.byte_count(), 320);
         assert_eq!(arena.tensor("d").unwrap().data, [1; 128]);
         let a = arena.tensor("a").unwrap();
-        assert_eq!(
-            (a.dtype, a.shape, a.is_consistent()),
-            (Dtype::Bf16, &[3, 11][..], true)
-        );
-        assert!(
-            arena
-                .tensor("b")
-                .unwrap()
-                .data
-                .as_ptr()
-                .addr()
-                .is_multiple_of(TENSOR_ALIGN)
-        );
+        assert_eq!((a.dtype, a.shape, a.is_consistent()), (Dtype::Bf16, &[3, 11][..], true));
+        assert!(arena.tensor("b").unwrap().data.as_ptr().addr().is_multiple_of(TENSOR_ALIGN));
         assert!(arena.tensor("e").is_none());
     }
 
@@ -175,10 +132,7 @@ mod tests {
         plan.push("a", Dtype::F32, &[1 << 60]).unwrap();
         plan.push("b", Dtype::F32, &[1 << 60]).unwrap();
         let message = plan.map().unwrap_err().to_string();
-        assert!(
-            message.contains("cannot reserve 9223372036854775808 bytes"),
-            "{message}"
-        );
+        assert!(message.contains("cannot reserve 9223372036854775808 bytes"), "{message}");
         plan.push("c", Dtype::F32, &[1 << 61]).unwrap_err();
         assert!(Plan::new().map().is_ok());
     }

@@ -34,10 +34,7 @@ pub fn copied(
     for slot in &plan.slots {
         let source = checkpoint.require(&slot.name)?.data;
         let target = map.get_mut(slot.range.clone()).unwrap_or_default();
-        for (to, from) in target
-            .chunks_mut(PIECE_BYTES)
-            .zip(source.chunks(PIECE_BYTES))
-        {
+        for (to, from) in target.chunks_mut(PIECE_BYTES).zip(source.chunks(PIECE_BYTES)) {
             to.copy_from_slice(from);
             bytes_done += from.len() as u64;
             progress(bytes_done, bytes_total);

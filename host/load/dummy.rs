@@ -40,10 +40,7 @@ impl DummyWeights {
         let mut map = plan.map()?;
         let mut pieces = pieces(&plan, &mut map, seed);
         let thread_count = thread::available_parallelism().map_or(1, usize::from);
-        let share = pieces
-            .len()
-            .div_ceil(thread_count.min(THREAD_COUNT_MAX))
-            .max(1);
+        let share = pieces.len().div_ceil(thread_count.min(THREAD_COUNT_MAX)).max(1);
         match dtype {
             Dtype::F32 => fill_all::<4>(&mut pieces, share, dtype),
             Dtype::F16 | Dtype::Bf16 => fill_all::<2>(&mut pieces, share, dtype),
@@ -77,24 +74,14 @@ fn pieces<'a>(plan: &Plan, map: &'a mut [u8], seed: u64) -> Vec<Piece<'a>> {
     let (mut rest, mut position) = (map, 0);
     for slot in &plan.slots {
         // Slots ascend and lie inside the map, so both cuts are in bounds; else nothing is left.
-        let (_, behind) = rest
-            .split_at_mut_checked(slot.range.start - position)
-            .unwrap_or_default();
-        let (tensor, behind) = behind
-            .split_at_mut_checked(slot.range.len())
-            .unwrap_or_default();
+        let (_, behind) =
+            rest.split_at_mut_checked(slot.range.start - position).unwrap_or_default();
+        let (tensor, behind) = behind.split_at_mut_checked(slot.range.len()).unwrap_or_default();
         (rest, position) = (behind, slot.range.end);
         let is_norm = slot.name.contains("norm") && slot.name.ends_with(".weight");
-        let name_key = slot
-            .name
-            .bytes()
-            .fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
+        let name_key = slot.name.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte)));
         for (piece_idx, bytes) in (0u64..).zip(tensor.chunks_mut(PIECE_BYTES)) {
-            pieces.push(Piece {
-                bytes,
-                stream: mix(name_key ^ piece_idx),
-                is_norm,
-            });
+            pieces.push(Piece { bytes, stream: mix(name_key ^ piece_idx), is_norm });
         }
     }
     pieces
@@ -106,11 +93,7 @@ fn fill_all<const N: usize>(pieces: &mut [Piece<'_>], share: usize, dtype: Dtype
     let other = encodings::<N>(dtype, 0.0, SPREAD);
     let fill_share = |pieces: &mut [Piece<'_>]| {
         for piece in pieces {
-            fill(
-                piece.bytes,
-                if piece.is_norm { &norm } else { &other },
-                piece.stream,
-            );
+            fill(piece.bytes, if piece.is_norm { &norm } else { &other }, piece.stream);
         }
     };
     thread::scope(|scope| {
@@ -158,19 +141,13 @@ mod tests {
 
     fn needed() -> Vec<(String, Vec<u64>)> {
         let shapes = [("m.weight", vec![700, 1001]), ("x_norm.weight", vec![5000])];
-        shapes
-            .into_iter()
-            .map(|(name, shape)| (name.to_owned(), shape))
-            .collect()
+        shapes.into_iter().map(|(name, shape)| (name.to_owned(), shape)).collect()
     }
 
     fn statistics(values: &[f32]) -> (f64, f64) {
         let mean = values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64;
         let square = |v: &f32| (f64::from(*v) - mean).powi(2);
-        (
-            mean,
-            (values.iter().map(square).sum::<f64>() / values.len() as f64).sqrt(),
-        )
+        (mean, (values.iter().map(square).sum::<f64>() / values.len() as f64).sqrt())
     }
 
     #[test]
@@ -180,10 +157,7 @@ mod tests {
             let matrix = weights.tensor("m.weight").unwrap();
             assert!(matrix.is_consistent() && matrix.dtype == dtype);
             let (mean, deviation) = statistics(&matrix.to_f32());
-            assert!(
-                mean.abs() < 1e-4 && (deviation - 0.02).abs() < 1e-4,
-                "{mean} {deviation}"
-            );
+            assert!(mean.abs() < 1e-4 && (deviation - 0.02).abs() < 1e-4, "{mean} {deviation}");
             let norm = weights.tensor("x_norm.weight").unwrap().to_f32();
             assert!(norm.iter().all(|v| (0.94..=1.06).contains(v)));
         }
@@ -200,10 +174,7 @@ mod tests {
         assert_eq!(first.tensor("m.weight"), second.tensor("m.weight"));
         let data = |weights: &DummyWeights, name| weights.tensor(name).unwrap().data.to_vec();
         assert_ne!(data(&second, "m.weight"), data(&second, "y.weight"));
-        assert_ne!(
-            data(&first, "m.weight"),
-            data(&make(&needed(), 8), "m.weight")
-        );
+        assert_ne!(data(&first, "m.weight"), data(&make(&needed(), 8), "m.weight"));
         // No piece repeats the one before.
         let bytes = data(&first, "m.weight");
         assert_ne!(bytes[..1000], bytes[PIECE_BYTES..PIECE_BYTES + 1000]);
@@ -211,9 +182,6 @@ mod tests {
 
     #[test]
     fn nothing_needed_is_no_error() {
-        assert_eq!(
-            DummyWeights::new(&[], Dtype::F32, 0).unwrap().byte_count(),
-            0
-        );
+        assert_eq!(DummyWeights::new(&[], Dtype::F32, 0).unwrap().byte_count(), 0);
     }
 }

@@ -122,20 +122,13 @@ pub enum LoadError {
 impl LoadError {
     /// The error for a file that must exist and does not.
     pub(super) fn missing(path: PathBuf) -> Self {
-        Self::File {
-            path,
-            source: io::Error::from(io::ErrorKind::NotFound),
-        }
+        Self::File { path, source: io::Error::from(io::ErrorKind::NotFound) }
     }
 }
 
 /// A name from a file, without control characters and cut to a length that fits a message.
 pub(super) fn shorten(name: &str) -> String {
-    let mut text: String = name
-        .chars()
-        .take(NAME_CHARS_MAX)
-        .flat_map(char::escape_debug)
-        .collect();
+    let mut text: String = name.chars().take(NAME_CHARS_MAX).flat_map(char::escape_debug).collect();
     if name.chars().nth(NAME_CHARS_MAX).is_some() {
         text.push_str("...");
     }

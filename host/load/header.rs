@@ -37,26 +37,19 @@ pub(super) struct Entry {
 ///
 /// Errors:  `Header` or `Tensor`.
 pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Entry)>, LoadError> {
-    let refuse = |reason: String| LoadError::Header {
-        path: path.to_owned(),
-        reason,
-    };
+    let refuse = |reason: String| LoadError::Header { path: path.to_owned(), reason };
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(refuse(format!("it has only {} bytes", bytes.len())));
     };
     let length = u64::from_le_bytes(*length);
     if length > HEADER_BYTES_MAX {
         let bound = "more than the accepted";
-        return Err(refuse(format!(
-            "a header of {length} bytes, {bound} {HEADER_BYTES_MAX}"
-        )));
+        return Err(refuse(format!("a header of {length} bytes, {bound} {HEADER_BYTES_MAX}")));
     }
     // Below 2^25, so the cast is exact.
     let Some((text, data)) = rest.split_at_checked(length as usize) else {
         let left = rest.len();
-        return Err(refuse(format!(
-            "a header of {length} bytes, but only {left} follow"
-        )));
+        return Err(refuse(format!("a header of {length} bytes, but only {left} follow")));
     };
     let malformed =
         |reason: &dyn fmt::Display| refuse(format!("the header is malformed: {reason}"));
@@ -72,20 +65,14 @@ pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<(String, Entry)>, L
             Ok(next) => end = next,
             Err(reason) => {
                 let name = shorten(&name);
-                return Err(LoadError::Tensor {
-                    path: path.to_owned(),
-                    name,
-                    reason,
-                });
+                return Err(LoadError::Tensor { path: path.to_owned(), name, reason });
             }
         }
         entries.push((name, entry(info, data_start)));
     }
     if end != data.len() {
         let extra = data.len() - end;
-        return Err(refuse(format!(
-            "{extra} bytes at its end belong to no tensor"
-        )));
+        return Err(refuse(format!("{extra} bytes at its end belong to no tensor")));
     }
     Ok(entries)
 }
@@ -97,9 +84,7 @@ fn place(info: &TensorInfo, previous_end: usize, data_bytes: usize) -> Result<us
         return Err(format!("ends at byte {end}, before its start {start}"));
     }
     if end > data_bytes {
-        return Err(format!(
-            "ends at byte {end} of the data, of which there are {data_bytes}"
-        ));
+        return Err(format!("ends at byte {end} of the data, of which there are {data_bytes}"));
     }
     if start < previous_end {
         return Err(format!(
@@ -107,22 +92,16 @@ fn place(info: &TensorInfo, previous_end: usize, data_bytes: usize) -> Result<us
         ));
     }
     if start > previous_end {
-        return Err(format!(
-            "starts at byte {start}, after a gap that begins at {previous_end}"
-        ));
+        return Err(format!("starts at byte {start}, after a gap that begins at {previous_end}"));
     }
-    let bit_count = info
-        .shape
-        .iter()
-        .try_fold(info.dtype.bitsize(), |n, axis| n.checked_mul(*axis));
+    let bit_count =
+        info.shape.iter().try_fold(info.dtype.bitsize(), |n, axis| n.checked_mul(*axis));
     if bit_count.is_none_or(|bits| bits % 8 != 0 || bits / 8 != end - start) {
         let (byte_count, shape) = (end - start, &info.shape);
         // A hostile header may list very many axes.
         let shape = shorten(&format!("{shape:?}"));
         let dtype = info.dtype;
-        return Err(format!(
-            "has {byte_count} bytes, which do not fit {dtype:?} {shape}"
-        ));
+        return Err(format!("has {byte_count} bytes, which do not fit {dtype:?} {shape}"));
     }
     Ok(end)
 }

@@ -22,27 +22,20 @@ pub(super) fn parse(
     path: &Path,
     text: &str,
 ) -> Result<BTreeMap<String, BTreeSet<String>>, LoadError> {
-    let refuse = |reason: String| LoadError::Index {
-        path: path.to_owned(),
-        reason,
-    };
+    let refuse = |reason: String| LoadError::Index { path: path.to_owned(), reason };
     let index: Index = serde_json::from_str(text).map_err(|error| refuse(error.to_string()))?;
     let mut files: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (name, file_name) in index.weight_map {
         if !is_plain(&file_name) {
             let (name, file_name) = (shorten(&name), shorten(&file_name));
             let accepted = "only names of files in the same directory are accepted";
-            return Err(refuse(format!(
-                "tensor `{name}` is in `{file_name}`; {accepted}"
-            )));
+            return Err(refuse(format!("tensor `{name}` is in `{file_name}`; {accepted}")));
         }
         files.entry(file_name).or_default().insert(name);
     }
     if files.is_empty() || files.len() > SHARD_COUNT_MAX {
         let count = files.len();
-        return Err(refuse(format!(
-            "it names {count} files, not 1 to {SHARD_COUNT_MAX}"
-        )));
+        return Err(refuse(format!("it names {count} files, not 1 to {SHARD_COUNT_MAX}")));
     }
     Ok(files)
 }
@@ -66,9 +59,8 @@ mod tests {
         for good in ["model-00001-of-00002.safetensors", "a", "..a", ".hidden"] {
             assert!(is_plain(good), "{good}");
         }
-        for bad in [
-            "", ".", "..", "../a", "a/b", "/a", "a/", "./a", "a\\b", "C:a", "a\0b", "a/..",
-        ] {
+        for bad in ["", ".", "..", "../a", "a/b", "/a", "a/", "./a", "a\\b", "C:a", "a\0b", "a/.."]
+        {
             assert!(!is_plain(bad), "{bad:?}");
         }
     }
@@ -79,10 +71,7 @@ mod tests {
             r#"{"metadata": {"total_size": 1}, "weight_map": {"x": "b", "y": "a", "z": "b"}}"#;
         let files = parse(Path::new("index"), text).unwrap();
         let names = |file: &str| files[file].iter().cloned().collect::<Vec<_>>();
-        assert_eq!(
-            (names("a"), names("b")),
-            (vec!["y".into()], vec!["x".into(), "z".into()])
-        );
+        assert_eq!((names("a"), names("b")), (vec!["y".into()], vec!["x".into(), "z".into()]));
     }
 
     #[test]
@@ -92,9 +81,6 @@ mod tests {
         assert!(message("{}").contains("missing field `weight_map`"));
         assert!(message(r#"{"weight_map": {}}"#).contains("names 0 files"));
         let escape = message(r#"{"weight_map": {"x": "../\n../etc/passwd"}}"#);
-        assert!(
-            escape.contains(r"tensor `x` is in `../\n../etc/passwd`"),
-            "{escape}"
-        );
+        assert!(escape.contains(r"tensor `x` is in `../\n../etc/passwd`"), "{escape}");
     }
 }

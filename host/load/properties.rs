@@ -19,13 +19,7 @@ fn check(bytes: &[u8]) {
     for (name, entry) in ours.unwrap_or_default() {
         let view = theirs.as_ref().unwrap().tensor(&name).unwrap();
         assert_eq!(&bytes[entry.range], view.data(), "{name}");
-        assert!(
-            entry
-                .shape
-                .iter()
-                .map(|axis| *axis as usize)
-                .eq(view.shape().iter().copied())
-        );
+        assert!(entry.shape.iter().map(|axis| *axis as usize).eq(view.shape().iter().copied()));
         assert_eq!(entry.stored_dtype, view.dtype(), "{name}");
     }
 }
@@ -33,12 +27,7 @@ fn check(bytes: &[u8]) {
 /// A few tensors that mostly, not always, follow each other.
 fn any_header() -> impl Strategy<Value = String> {
     let dtype = prop::sample::select(&["F32", "BF16", "F16", "I64", "F4", "F8_E4M3", "Q4"][..]);
-    let item = (
-        "[ab]{1,2}",
-        dtype,
-        prop::collection::vec(0u64..5, 0..3),
-        0u64..8,
-    );
+    let item = ("[ab]{1,2}", dtype, prop::collection::vec(0u64..5, 0..3), 0u64..8);
     prop::collection::vec(item, 0..5).prop_map(|items| {
         let mut end = 0;
         let text = items.into_iter().map(|(name, dtype, shape, shift)| {

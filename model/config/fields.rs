@@ -32,22 +32,16 @@ pub(super) fn parse_object(
 impl<'a> Fields<'a> {
     /// The object at the top of a file.
     pub(super) fn root(file: &'static str, object: &'a Map<String, Value>) -> Self {
-        Self {
-            file,
-            parent: "",
-            object,
-        }
+        Self { file, parent: "", object }
     }
 
     /// The object under `key`, if there is one.
     pub(super) fn child(&self, key: &'static str) -> Result<Option<Fields<'a>>, ConfigError> {
         match self.get(key) {
             None => Ok(None),
-            Some(Value::Object(object)) => Ok(Some(Fields {
-                file: self.file,
-                parent: key,
-                object,
-            })),
+            Some(Value::Object(object)) => {
+                Ok(Some(Fields { file: self.file, parent: key, object }))
+            }
             Some(_) => Err(self.refuse(key, "an object or null")),
         }
     }
@@ -64,10 +58,7 @@ impl<'a> Fields<'a> {
 
     /// A key whose value is an object, if there is one: per-layer settings are nested like this.
     pub(super) fn nested_key(&self) -> Option<&'a str> {
-        self.object
-            .iter()
-            .find(|(_, value)| value.is_object())
-            .map(|(key, _)| key.as_str())
+        self.object.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())
     }
 
     /// The error for a `key` whose value is absent or not supported.
@@ -79,17 +70,8 @@ impl<'a> Fields<'a> {
             parent => format!("{parent}.{key}"),
         };
         match value {
-            None => ConfigError::Missing {
-                file,
-                key,
-                accepted,
-            },
-            Some(value) => ConfigError::Value {
-                file,
-                key,
-                value: shorten(value),
-                accepted,
-            },
+            None => ConfigError::Missing { file, key, accepted },
+            Some(value) => ConfigError::Value { file, key, value: shorten(value), accepted },
         }
     }
 
@@ -100,8 +82,7 @@ impl<'a> Fields<'a> {
         range: RangeInclusive<u32>,
     ) -> Result<u32, ConfigError> {
         let accepted = format!("an integer from {} to {}", range.start(), range.end());
-        self.optional_integer(key, range)?
-            .ok_or_else(|| self.refuse(key, &accepted))
+        self.optional_integer(key, range)?.ok_or_else(|| self.refuse(key, &accepted))
     }
 
     /// An integer that may be absent.
@@ -177,10 +158,7 @@ impl<'a> Fields<'a> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Array(list)) => {
-                let count = list
-                    .iter()
-                    .filter(|item| item.as_str() == Some(text))
-                    .count();
+                let count = list.iter().filter(|item| item.as_str() == Some(text)).count();
                 Ok(Some(u32::try_from(count).unwrap_or(u32::MAX)))
             }
             Some(_) => Err(self.refuse(key, "a list of strings")),
@@ -196,9 +174,7 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
-        let list = value
-            .as_array()
-            .map_or(std::slice::from_ref(value), Vec::as_slice);
+        let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
         let id = |item: &Value| {
             let id = item.as_u64().and_then(|id| u32::try_from(id).ok());
             id.filter(|id| *id < vocab_size)

@@ -27,28 +27,19 @@ fn any_value() -> impl Strategy<Value = Value> {
 
 /// One of some words.
 fn key(words: &'static str) -> impl Strategy<Value = String> {
-    prop::sample::select(
-        words
-            .split_whitespace()
-            .map(str::to_owned)
-            .collect::<Vec<_>>(),
-    )
+    prop::sample::select(words.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
 }
 
 fn scaling_key() -> impl Strategy<Value = String> {
-    key(
-        "rope_type type factor rope_theta beta_fast low_freq_factor high_freq_factor
-        original_max_position_embeddings",
-    )
+    key("rope_type type factor rope_theta beta_fast low_freq_factor high_freq_factor
+        original_max_position_embeddings")
 }
 
 fn config_key() -> impl Strategy<Value = String> {
-    key(
-        "model_type architectures hidden_size intermediate_size num_hidden_layers
+    key("model_type architectures hidden_size intermediate_size num_hidden_layers
         num_attention_heads num_key_value_heads head_dim vocab_size max_position_embeddings
         rms_norm_eps rope_theta rope_scaling rope_parameters sliding_window eos_token_id
-        bos_token_id mlp_bias",
-    )
+        bos_token_id mlp_bias")
 }
 
 /// Asserts what the type promises.
@@ -63,14 +54,8 @@ fn within_bounds(config: &ModelConfig) {
     assert!(config.rms_norm_eps > 0.0 && config.rms_norm_eps.is_finite());
     assert!(config.eos_ids.iter().all(|id| *id < config.vocab_size));
     let inv_freq = crate::rope::inv_freq(config);
-    assert!(
-        inv_freq.iter().all(|frequency| frequency.is_finite()),
-        "{config:?}"
-    );
-    assert!(
-        crate::rope::attention_factor(config).is_finite(),
-        "{config:?}"
-    );
+    assert!(inv_freq.iter().all(|frequency| frequency.is_finite()), "{config:?}");
+    assert!(crate::rope::attention_factor(config).is_finite(), "{config:?}");
 }
 
 proptest! {

@@ -27,23 +27,14 @@ pub(super) fn rope(root: &Fields<'_>, position_max: u32) -> Result<Rope, ConfigE
     let top_theta = root.number("rope_theta", THETA)?;
     let Some(parameters) = parameters else {
         let theta = top_theta.unwrap_or(THETA_DEFAULT);
-        return Ok(Rope {
-            theta,
-            scaling: RopeScaling::Default,
-        });
+        return Ok(Rope { theta, scaling: RopeScaling::Default });
     };
     full_rotation(&parameters)?;
     if let Some(key) = parameters.nested_key() {
         return Err(parameters.refuse(key, "one set of numbers for all layers"));
     }
-    let theta = parameters
-        .number("rope_theta", THETA)?
-        .or(top_theta)
-        .unwrap_or(THETA_DEFAULT);
-    Ok(Rope {
-        theta,
-        scaling: scaling(&parameters, position_max)?,
-    })
+    let theta = parameters.number("rope_theta", THETA)?.or(top_theta).unwrap_or(THETA_DEFAULT);
+    Ok(Rope { theta, scaling: scaling(&parameters, position_max)? })
 }
 
 /// Refuses a rotation of only a part of each head.
@@ -57,16 +48,10 @@ fn full_rotation(fields: &Fields<'_>) -> Result<(), ConfigError> {
 
 /// The scaling that the object of parameters asks for.
 fn scaling(fields: &Fields<'_>, position_max: u32) -> Result<RopeScaling, ConfigError> {
-    let key = if fields.present("rope_type") {
-        "rope_type"
-    } else {
-        "type"
-    };
+    let key = if fields.present("rope_type") { "rope_type" } else { "type" };
     match fields.text(key)?.unwrap_or("default") {
         "default" => Ok(RopeScaling::Default),
-        "linear" => Ok(RopeScaling::Linear {
-            factor: factor(fields, "factor")?,
-        }),
+        "linear" => Ok(RopeScaling::Linear { factor: factor(fields, "factor")? }),
         "llama3" => llama3(fields),
         "yarn" => yarn(fields, position_max),
         _ => Err(fields.refuse(key, "default, linear, llama3, yarn")),
@@ -76,9 +61,7 @@ fn scaling(fields: &Fields<'_>, position_max: u32) -> Result<RopeScaling, Config
 /// A factor that must be there.
 fn factor(fields: &Fields<'_>, key: &str) -> Result<f64, ConfigError> {
     let accepted = "a number greater than 0";
-    fields
-        .number(key, FACTOR)?
-        .ok_or_else(|| fields.refuse(key, accepted))
+    fields.number(key, FACTOR)?.ok_or_else(|| fields.refuse(key, accepted))
 }
 
 fn llama3(fields: &Fields<'_>) -> Result<RopeScaling, ConfigError> {

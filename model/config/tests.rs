@@ -48,10 +48,7 @@ fn smollm2_hub_file() {
         vocab_size: 49152,
         position_max: 8192,
         rms_norm_eps: 1e-5,
-        rope: Rope {
-            theta: 1e5,
-            scaling: RopeScaling::Default,
-        },
+        rope: Rope { theta: 1e5, scaling: RopeScaling::Default },
         tied_head: true,
         qkv_bias: false,
         output_bias: false,
@@ -79,13 +76,7 @@ fn old_and_new_spelling_agree() {
         high_freq_factor: 4.0,
         original_positions: 32,
     };
-    assert_eq!(
-        old.rope,
-        Rope {
-            theta: 5e5,
-            scaling: expected
-        }
-    );
+    assert_eq!(old.rope, Rope { theta: 5e5, scaling: expected });
 }
 
 #[test]
@@ -99,20 +90,12 @@ fn scaling_type_under_either_key() {
         assert_eq!(parse(json!({"rope_scaling": scaling})).rope.scaling, linear);
     }
     let default = parse(json!({"rope_parameters": {"rope_theta": 1000000}})).rope;
-    assert_eq!(
-        default,
-        Rope {
-            theta: 1e6,
-            scaling: RopeScaling::Default
-        }
-    );
+    assert_eq!(default, Rope { theta: 1e6, scaling: RopeScaling::Default });
 }
 
 #[test]
 fn yarn_defaults() {
-    let scaling = parse(json!({"rope_scaling": {"type": "yarn", "factor": 4}}))
-        .rope
-        .scaling;
+    let scaling = parse(json!({"rope_scaling": {"type": "yarn", "factor": 4}})).rope.scaling;
     let expected = RopeScaling::Yarn {
         factor: 4.0,
         original_positions: 1024,
@@ -130,36 +113,16 @@ fn yarn_defaults() {
 fn family_flags() {
     let flags = |changes: Value| {
         let config = parse(changes);
-        (
-            config.qkv_bias,
-            config.output_bias,
-            config.mlp_bias,
-            config.qk_norm,
-        )
+        (config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm)
     };
     assert_eq!(flags(json!({})), (false, false, false, false));
-    assert_eq!(
-        flags(json!({"attention_bias": true})),
-        (true, true, false, false)
-    );
-    assert_eq!(
-        flags(json!({"mlp_bias": true})),
-        (false, false, true, false)
-    );
-    assert_eq!(
-        flags(json!({"model_type": "mistral"})),
-        (false, false, false, false)
-    );
-    assert_eq!(
-        flags(json!({"model_type": "qwen2"})),
-        (true, false, false, false)
-    );
+    assert_eq!(flags(json!({"attention_bias": true})), (true, true, false, false));
+    assert_eq!(flags(json!({"mlp_bias": true})), (false, false, true, false));
+    assert_eq!(flags(json!({"model_type": "mistral"})), (false, false, false, false));
+    assert_eq!(flags(json!({"model_type": "qwen2"})), (true, false, false, false));
     let explicit = json!({"model_type": "qwen2", "attention_bias": false});
     assert_eq!(flags(explicit), (true, false, false, false));
-    assert_eq!(
-        flags(json!({"model_type": "qwen3"})),
-        (false, false, false, true)
-    );
+    assert_eq!(flags(json!({"model_type": "qwen3"})), (false, false, false, true));
     let biased = json!({"model_type": "qwen3", "attention_bias": true});
     assert_eq!(flags(biased), (true, true, false, true));
 }
@@ -174,14 +137,8 @@ fn family_from_the_class_name_where_model_type_is_absent() {
 fn sliding_window_by_family() {
     let window = |changes: Value| parse(changes).sliding_window;
     assert_eq!(window(json!({"sliding_window": 512})), None);
-    assert_eq!(
-        window(json!({"model_type": "mistral", "sliding_window": 512})),
-        Some(512)
-    );
-    assert_eq!(
-        window(json!({"model_type": "mistral", "sliding_window": null})),
-        None
-    );
+    assert_eq!(window(json!({"model_type": "mistral", "sliding_window": 512})), Some(512));
+    assert_eq!(window(json!({"model_type": "mistral", "sliding_window": null})), None);
     let qwen = |used: bool, first: u32| {
         json!({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": used,
             "max_window_layers": first})
@@ -192,11 +149,7 @@ fn sliding_window_by_family() {
     assert_eq!(window(qwen(true, 28)), None);
     assert!(error(qwen(true, 2)).contains("`use_sliding_window` is true"));
     let mut listed = qwen(true, 28);
-    listed["layer_types"] = json!([
-        "sliding_attention",
-        "sliding_attention",
-        "sliding_attention"
-    ]);
+    listed["layer_types"] = json!(["sliding_attention", "sliding_attention", "sliding_attention"]);
     assert_eq!(window(listed), Some(512));
 }
 
@@ -204,10 +157,7 @@ fn sliding_window_by_family() {
 fn head_dim_absent_or_unequal_to_the_quotient() {
     assert_eq!(parse(json!({"head_dim": null})).head_dim, 16);
     let wide = parse(json!({"head_dim": 32}));
-    assert_eq!(
-        (wide.head_dim, wide.query_dim(), wide.kv_dim()),
-        (32, 128, 64)
-    );
+    assert_eq!((wide.head_dim, wide.query_dim(), wide.kv_dim()), (32, 128, 64));
     assert_eq!(parse(json!({"num_key_value_heads": null})).kv_head_count, 4);
 }
 
@@ -220,14 +170,8 @@ fn end_tokens() {
     assert_eq!(config.eos_ids, [7, 8]);
     config.override_eos(r#"{"temperature": 0.6}"#).unwrap();
     assert_eq!(config.eos_ids, [7, 8]);
-    let message = config
-        .override_eos(r#"{"eos_token_id": 256}"#)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        message.contains("generation_config.json: `eos_token_id` is 256"),
-        "{message}"
-    );
+    let message = config.override_eos(r#"{"eos_token_id": 256}"#).unwrap_err().to_string();
+    assert!(message.contains("generation_config.json: `eos_token_id` is 256"), "{message}");
     assert!(config.override_eos("[]").is_err());
     assert_eq!(config.eos_ids, [7, 8]);
 }
@@ -236,78 +180,36 @@ fn end_tokens() {
 fn refused(cases: &[(Value, &str)]) {
     for (changes, expected) in cases {
         let message = error(changes.clone());
-        assert!(
-            message.contains(expected),
-            "{message:?} does not contain {expected:?}"
-        );
+        assert!(message.contains(expected), "{message:?} does not contain {expected:?}");
     }
 }
 
 #[test]
 fn refused_families() {
     refused(&[
-        (
-            json!({"model_type": "gpt2"}),
-            "`model_type` is \"gpt2\" (accepted: llama, mistral",
-        ),
-        (
-            json!({"model_type": null, "architectures": null}),
-            "no key `model_type`",
-        ),
-        (
-            json!({"architectures": ["LlamaModel"]}),
-            "`architectures` is [\"LlamaModel\"]",
-        ),
-        (
-            json!({"hidden_act": "gelu"}),
-            "`hidden_act` is \"gelu\" (accepted: silu)",
-        ),
-        (
-            json!({"quantization_config": {"quant_method": "fp8"}}),
-            "`quantization_config` is {",
-        ),
-        (
-            json!({"model_type": "qwen3", "mlp_bias": true}),
-            "`mlp_bias` is true",
-        ),
-        (
-            json!({"model_type": "mistral", "attention_bias": true}),
-            "`attention_bias` is true",
-        ),
+        (json!({"model_type": "gpt2"}), "`model_type` is \"gpt2\" (accepted: llama, mistral"),
+        (json!({"model_type": null, "architectures": null}), "no key `model_type`"),
+        (json!({"architectures": ["LlamaModel"]}), "`architectures` is [\"LlamaModel\"]"),
+        (json!({"hidden_act": "gelu"}), "`hidden_act` is \"gelu\" (accepted: silu)"),
+        (json!({"quantization_config": {"quant_method": "fp8"}}), "`quantization_config` is {"),
+        (json!({"model_type": "qwen3", "mlp_bias": true}), "`mlp_bias` is true"),
+        (json!({"model_type": "mistral", "attention_bias": true}), "`attention_bias` is true"),
     ]);
 }
 
 #[test]
 fn refused_dimensions() {
     refused(&[
-        (
-            json!({"hidden_size": 60}),
-            "`hidden_size` is 60 (accepted: a multiple of 8",
-        ),
-        (
-            json!({"hidden_size": 4294967296u64}),
-            "`hidden_size` is 4294967296",
-        ),
+        (json!({"hidden_size": 60}), "`hidden_size` is 60 (accepted: a multiple of 8"),
+        (json!({"hidden_size": 4294967296u64}), "`hidden_size` is 4294967296"),
         (json!({"hidden_size": -64}), "`hidden_size` is -64"),
         (json!({"hidden_size": "64"}), "`hidden_size` is \"64\""),
         (json!({"hidden_size": null}), "no key `hidden_size`"),
-        (
-            json!({"intermediate_size": 12}),
-            "`intermediate_size` is 12",
-        ),
-        (
-            json!({"num_hidden_layers": 0}),
-            "`num_hidden_layers` is 0 (accepted: an integer",
-        ),
-        (
-            json!({"num_hidden_layers": 1025}),
-            "an integer from 1 to 1024",
-        ),
+        (json!({"intermediate_size": 12}), "`intermediate_size` is 12"),
+        (json!({"num_hidden_layers": 0}), "`num_hidden_layers` is 0 (accepted: an integer"),
+        (json!({"num_hidden_layers": 1025}), "an integer from 1 to 1024"),
         (json!({"vocab_size": 262145}), "`vocab_size` is 262145"),
-        (
-            json!({"max_position_embeddings": 0}),
-            "`max_position_embeddings` is 0",
-        ),
+        (json!({"max_position_embeddings": 0}), "`max_position_embeddings` is 0"),
     ]);
 }
 
@@ -315,32 +217,14 @@ fn refused_dimensions() {
 fn refused_heads() {
     let many = json!({"num_attention_heads": 131072, "head_dim": 512});
     refused(&[
-        (
-            json!({"num_attention_heads": 0}),
-            "`num_attention_heads` is 0",
-        ),
+        (json!({"num_attention_heads": 0}), "`num_attention_heads` is 0"),
         (many, "up to 131072; it is 67108864"),
-        (
-            json!({"num_attention_heads": 6, "head_dim": null}),
-            "a divisor of hidden_size 64",
-        ),
-        (
-            json!({"num_key_value_heads": 3}),
-            "`num_key_value_heads` is 3 (accepted: a divisor",
-        ),
-        (
-            json!({"num_key_value_heads": 0}),
-            "`num_key_value_heads` is 0",
-        ),
+        (json!({"num_attention_heads": 6, "head_dim": null}), "a divisor of hidden_size 64"),
+        (json!({"num_key_value_heads": 3}), "`num_key_value_heads` is 3 (accepted: a divisor"),
+        (json!({"num_key_value_heads": 0}), "`num_key_value_heads` is 0"),
         (json!({"head_dim": 15}), "an even head size"),
-        (
-            json!({"head_dim": 514}),
-            "`head_dim` is 514 (accepted: an integer from 2 to 512)",
-        ),
-        (
-            json!({"head_dim": 2, "num_attention_heads": 2}),
-            "a multiple of 8",
-        ),
+        (json!({"head_dim": 514}), "`head_dim` is 514 (accepted: an integer from 2 to 512)"),
+        (json!({"head_dim": 2, "num_attention_heads": 2}), "a multiple of 8"),
     ]);
 }
 
@@ -348,15 +232,9 @@ fn refused_heads() {
 fn refused_numbers_and_tokens() {
     refused(&[
         (json!({"rms_norm_eps": 0.0}), "`rms_norm_eps` is 0.0"),
-        (
-            json!({"tie_word_embeddings": 1}),
-            "is 1 (accepted: true or false)",
-        ),
+        (json!({"tie_word_embeddings": 1}), "is 1 (accepted: true or false)"),
         (json!({"eos_token_id": -1}), "`eos_token_id` is -1"),
-        (
-            json!({"eos_token_id": [1, "2"]}),
-            "`eos_token_id` is [1,\"2\"]",
-        ),
+        (json!({"eos_token_id": [1, "2"]}), "`eos_token_id` is [1,\"2\"]"),
         (json!({"bos_token_id": 256}), "`bos_token_id` is 256"),
     ]);
 }
@@ -365,46 +243,23 @@ fn refused_numbers_and_tokens() {
 fn refused_rotations() {
     let factor = |factor: f64| json!({"rope_scaling": {"type": "linear", "factor": factor}});
     refused(&[
-        (
-            json!({"rope_theta": 1}),
-            "`rope_theta` is 1 (accepted: a number",
-        ),
+        (json!({"rope_theta": 1}), "`rope_theta` is 1 (accepted: a number"),
         (json!({"rope_theta": 1e300}), "`rope_theta` is 1e"),
-        (
-            json!({"rope_scaling": []}),
-            "`rope_scaling` is [] (accepted: an object or null)",
-        ),
-        (
-            json!({"rope_scaling": {"type": "dynamic"}}),
-            "default, linear, llama3, yarn",
-        ),
-        (
-            json!({"rope_scaling": {"type": "linear"}}),
-            "no key `rope_scaling.factor`",
-        ),
+        (json!({"rope_scaling": []}), "`rope_scaling` is [] (accepted: an object or null)"),
+        (json!({"rope_scaling": {"type": "dynamic"}}), "default, linear, llama3, yarn"),
+        (json!({"rope_scaling": {"type": "linear"}}), "no key `rope_scaling.factor`"),
         (factor(0.0), "`rope_scaling.factor` is 0"),
-        (
-            json!({"rope_parameters": {"full_attention": {}}}),
-            "`rope_parameters.full_attention`",
-        ),
-        (
-            json!({"partial_rotary_factor": 0.5}),
-            "`partial_rotary_factor` is 0.5",
-        ),
-        (
-            json!({"rope_interleaved": true}),
-            "`rope_interleaved` is true",
-        ),
+        (json!({"rope_parameters": {"full_attention": {}}}), "`rope_parameters.full_attention`"),
+        (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5"),
+        (json!({"rope_interleaved": true}), "`rope_interleaved` is true"),
     ]);
 }
 
 #[test]
 fn llama3_and_yarn_parameters_are_checked() {
     let llama3 = |low: f64, high: f64| {
-        error(
-            json!({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": low,
-            "high_freq_factor": high, "original_max_position_embeddings": 8192}}),
-        )
+        error(json!({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": low,
+            "high_freq_factor": high, "original_max_position_embeddings": 8192}}))
     };
     assert!(llama3(4.0, 4.0).contains("`rope_scaling.high_freq_factor` is 4.0"));
     assert!(llama3(-1.0, 4.0).contains("`rope_scaling.low_freq_factor` is -1.0"));

@@ -5,11 +5,7 @@
 ///
 /// Shapes:  `table` `[vocab_size, hidden_dim]`; result `[hidden_dim]`, empty for an unknown token.
 pub fn embed(table: &[f32], hidden_dim: usize, token: u32) -> Vec<f32> {
-    table
-        .chunks_exact(hidden_dim)
-        .nth(token as usize)
-        .unwrap_or_default()
-        .to_vec()
+    table.chunks_exact(hidden_dim).nth(token as usize).unwrap_or_default().to_vec()
 }
 
 /// Root-mean-square norm: `weight * x / sqrt(mean(x^2) + eps)`.
@@ -21,10 +17,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     assert_eq!(x.len(), weight.len(), "rms_norm: x and weight");
     let sum: f64 = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     let scale = 1.0 / (sum / x.len() as f64 + f64::from(eps)).sqrt();
-    x.iter()
-        .zip(weight)
-        .map(|(v, w)| (f64::from(*v) * scale * f64::from(*w)) as f32)
-        .collect()
+    x.iter().zip(weight).map(|(v, w)| (f64::from(*v) * scale * f64::from(*w)) as f32).collect()
 }
 
 /// Product of a matrix and a vector.
@@ -32,14 +25,8 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
 /// Shapes:  `weight` `[rows, x.len()]` row-major; result `[rows]`.
 /// Numerics: f64 sum in column order, one rounding.
 pub fn matvec(weight: &[f32], x: &[f32]) -> Vec<f32> {
-    assert!(
-        weight.len().is_multiple_of(x.len()),
-        "matvec: weight is not rows of x"
-    );
-    weight
-        .chunks_exact(x.len())
-        .map(|row| dot(row, x) as f32)
-        .collect()
+    assert!(weight.len().is_multiple_of(x.len()), "matvec: weight is not rows of x");
+    weight.chunks_exact(x.len()).map(|row| dot(row, x) as f32).collect()
 }
 
 /// Inner product in f64.
@@ -47,10 +34,7 @@ pub fn matvec(weight: &[f32], x: &[f32]) -> Vec<f32> {
 /// Shapes:  both `[dim]`.
 pub fn dot(left: &[f32], right: &[f32]) -> f64 {
     assert_eq!(left.len(), right.len(), "dot: lengths");
-    left.iter()
-        .zip(right)
-        .map(|(a, b)| f64::from(*a) * f64::from(*b))
-        .sum()
+    left.iter().zip(right).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
 /// Adds `term` to `sum`, element by element.
@@ -70,10 +54,7 @@ pub fn add(sum: &mut [f32], term: &[f32]) {
 /// Source:  half-split layout of `transformers` (`rotate_half`).
 pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = head.split_at_mut(head.len() / 2);
-    assert!(
-        first.len() == cos.len() && first.len() == sin.len(),
-        "rope: table length"
-    );
+    assert!(first.len() == cos.len() && first.len() == sin.len(), "rope: table length");
     for ((a, b), (cos, sin)) in first.iter_mut().zip(second).zip(cos.iter().zip(sin)) {
         let (cos, sin) = (f64::from(*cos), f64::from(*sin));
         let (x, y) = (f64::from(*a), f64::from(*b));
@@ -119,15 +100,9 @@ pub fn attention(shape: &AttentionShape, query: &[f32], keys: &[f32], values: &[
     let row_dim = head_dim * shape.kv_head_count as usize;
     let group = (shape.head_count / shape.kv_head_count) as usize;
     let position_count = keys.len() / row_dim;
-    let visible_count = shape
-        .sliding_window
-        .map_or(position_count, |window| window as usize);
+    let visible_count = shape.sliding_window.map_or(position_count, |window| window as usize);
     let hidden_count = position_count.saturating_sub(visible_count);
-    assert_eq!(
-        query.len(),
-        head_dim * shape.head_count as usize,
-        "attention: query"
-    );
+    assert_eq!(query.len(), head_dim * shape.head_count as usize, "attention: query");
     assert_eq!(keys.len(), values.len(), "attention: keys and values");
     let scale = 1.0 / f64::from(shape.head_dim).sqrt();
     let mut result = Vec::with_capacity(query.len());
@@ -135,9 +110,8 @@ pub fn attention(shape: &AttentionShape, query: &[f32], keys: &[f32], values: &[
         let kv_head_idx = head_idx / group;
         // Every position is `kv_head_count` chunks of `head_dim`.
         let of_head = |cache| visible(cache, head_dim, row_dim, kv_head_idx).skip(hidden_count);
-        let mut scores: Vec<f32> = of_head(keys)
-            .map(|key| (dot(head, key) * scale) as f32)
-            .collect();
+        let mut scores: Vec<f32> =
+            of_head(keys).map(|key| (dot(head, key) * scale) as f32).collect();
         softmax(&mut scores);
         let mut sums = vec![0f64; head_dim];
         for (value, probability) in of_head(values).zip(&scores) {
@@ -157,9 +131,7 @@ fn visible(
     row_dim: usize,
     kv_head_idx: usize,
 ) -> impl Iterator<Item = &[f32]> {
-    cache
-        .chunks_exact(row_dim)
-        .filter_map(move |row| row.chunks_exact(head_dim).nth(kv_head_idx))
+    cache.chunks_exact(row_dim).filter_map(move |row| row.chunks_exact(head_dim).nth(kv_head_idx))
 }
 
 /// The gate of the MLP: `silu(gate) * up` with `silu(x) = x / (1 + exp(-x))`.
@@ -170,10 +142,7 @@ fn visible(
 pub fn silu_mul(gate: &[f32], up: &[f32]) -> Vec<f32> {
     assert_eq!(gate.len(), up.len(), "silu_mul: lengths");
     let silu = |x: f64| x / (1.0 + (-x).exp());
-    gate.iter()
-        .zip(up)
-        .map(|(g, u)| (silu(f64::from(*g)) * f64::from(*u)) as f32)
-        .collect()
+    gate.iter().zip(up).map(|(g, u)| (silu(f64::from(*g)) * f64::from(*u)) as f32).collect()
 }
 
 /// Index of the largest logit, the lowest one on ties; NaN never wins.
@@ -222,36 +191,20 @@ mod tests {
 
     #[test]
     fn attention_groups_heads_and_honours_the_window() {
-        let mut shape = AttentionShape {
-            head_count: 4,
-            kv_head_count: 2,
-            head_dim: 1,
-            sliding_window: None,
-        };
+        let mut shape =
+            AttentionShape { head_count: 4, kv_head_count: 2, head_dim: 1, sliding_window: None };
         // Zero queries weigh all positions alike; heads 0 and 1 read the first key/value head.
         let (keys, values) = ([1.0; 6], [1.0, 10.0, 2.0, 20.0, 6.0, 60.0]);
-        assert_eq!(
-            attention(&shape, &[0.0; 4], &keys, &values),
-            [3.0, 3.0, 30.0, 30.0]
-        );
+        assert_eq!(attention(&shape, &[0.0; 4], &keys, &values), [3.0, 3.0, 30.0, 30.0]);
         shape.sliding_window = Some(2);
-        assert_eq!(
-            attention(&shape, &[0.0; 4], &keys, &values),
-            [4.0, 4.0, 40.0, 40.0]
-        );
+        assert_eq!(attention(&shape, &[0.0; 4], &keys, &values), [4.0, 4.0, 40.0, 40.0]);
         shape.sliding_window = Some(1);
-        assert_eq!(
-            attention(&shape, &[0.0; 4], &keys, &values),
-            [6.0, 6.0, 60.0, 60.0]
-        );
+        assert_eq!(attention(&shape, &[0.0; 4], &keys, &values), [6.0, 6.0, 60.0, 60.0]);
     }
 
     #[test]
     fn silu_mul_at_the_ends() {
-        assert_eq!(
-            silu_mul(&[0.0, 100.0, -1e4], &[5.0, 2.0, 1.0]),
-            [0.0, 200.0, 0.0]
-        );
+        assert_eq!(silu_mul(&[0.0, 100.0, -1e4], &[5.0, 2.0, 1.0]), [0.0, 200.0, 0.0]);
     }
 
     #[test]

@@ -19,11 +19,7 @@ impl Memory {
 impl WeightSource for Memory {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (shape, data) = self.0.get(name)?;
-        Some(TensorView {
-            dtype: Dtype::F32,
-            shape,
-            data,
-        })
+        Some(TensorView { dtype: Dtype::F32, shape, data })
     }
 }
 
@@ -66,9 +62,7 @@ fn memory() -> Memory {
 }
 
 fn logits(extra: &str, memory: &Memory) -> Vec<Vec<f32>> {
-    Reference::new(&config(extra), memory)
-        .unwrap()
-        .forward(&[1, 2, 3, 4])
+    Reference::new(&config(extra), memory).unwrap().forward(&[1, 2, 3, 4])
 }
 
 #[test]
@@ -78,16 +72,10 @@ fn each_bias_flag_changes_the_result() {
     let qkv = logits(r#""model_type": "qwen2""#, &memory);
     let qkvo = logits(r#""model_type": "llama", "attention_bias": true"#, &memory);
     let mlp = logits(r#""model_type": "llama", "mlp_bias": true"#, &memory);
-    let tied = logits(
-        r#""model_type": "llama", "tie_word_embeddings": true"#,
-        &memory,
-    );
+    let tied = logits(r#""model_type": "llama", "tie_word_embeddings": true"#, &memory);
     let all = [plain, qkv, qkvo, mlp, tied];
     for (i, left) in all.iter().enumerate() {
-        assert!(
-            all[..i].iter().all(|right| left != right),
-            "variant {i} equals an earlier one"
-        );
+        assert!(all[..i].iter().all(|right| left != right), "variant {i} equals an earlier one");
     }
 }
 
@@ -95,18 +83,11 @@ fn each_bias_flag_changes_the_result() {
 fn a_bias_of_zero_is_no_bias() {
     let mut memory = memory();
     for (part, rows) in [("q", 8), ("k", 4), ("v", 4), ("o", 8)] {
-        memory.set(
-            &format!("model.layers.0.self_attn.{part}_proj.bias"),
-            &[rows],
-            |_| 0.0,
-        );
+        memory.set(&format!("model.layers.0.self_attn.{part}_proj.bias"), &[rows], |_| 0.0);
     }
     let plain = logits(r#""model_type": "llama""#, &memory);
     assert_eq!(logits(r#""model_type": "qwen2""#, &memory), plain);
-    assert_eq!(
-        logits(r#""model_type": "llama", "attention_bias": true"#, &memory),
-        plain
-    );
+    assert_eq!(logits(r#""model_type": "llama", "attention_bias": true"#, &memory), plain);
 }
 
 #[test]

@@ -35,21 +35,14 @@ impl Tensors {
     /// The rows of a matrix.
     fn rows(&self, name: &str) -> Vec<Vec<f32>> {
         let view = self.tensor(name).unwrap();
-        view.to_f32()
-            .chunks(view.shape[1] as usize)
-            .map(<[f32]>::to_vec)
-            .collect()
+        view.to_f32().chunks(view.shape[1] as usize).map(<[f32]>::to_vec).collect()
     }
 }
 
 impl WeightSource for Tensors {
     fn tensor(&self, name: &str) -> Option<TensorView<'_>> {
         let (dtype, shape, data) = self.0.get(name)?;
-        Some(TensorView {
-            dtype: *dtype,
-            shape,
-            data,
-        })
+        Some(TensorView { dtype: *dtype, shape, data })
     }
 }
 
@@ -69,10 +62,7 @@ fn compare(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
         assert_eq!(found.len(), expected.len(), "{what}: columns of row {row}");
         for (column, (found, expected)) in found.iter().zip(expected).enumerate() {
             let difference = (found - expected).abs();
-            assert!(
-                difference <= TOLERANCE,
-                "{what}[{row}, {column}]: {found} not {expected}"
-            );
+            assert!(difference <= TOLERANCE, "{what}[{row}, {column}]: {found} not {expected}");
             worst = worst.max(difference);
         }
     }
@@ -81,9 +71,7 @@ fn compare(what: &str, found: &[Vec<f32>], expected: &[Vec<f32>]) -> f32 {
 
 /// Runs prompt and greedy decoding of both variants of one family.
 fn check(family: &str) {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/golden")
-        .join(family);
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(family);
     let golden = read_json(&folder.join("golden.json"));
     let tensors = Tensors::read(&folder.join("golden.safetensors"));
     for variant in golden["variants"].as_array().unwrap() {
@@ -101,16 +89,9 @@ fn check(family: &str) {
         for _ in 0..golden["new_tokens"].as_u64().unwrap() {
             let token = argmax(&row);
             greedy.push(token);
-            rows.push(std::mem::replace(
-                &mut row,
-                reference.forward(&[token]).remove(0),
-            ));
+            rows.push(std::mem::replace(&mut row, reference.forward(&[token]).remove(0)));
         }
-        assert_eq!(
-            greedy,
-            ids(&variant["greedy"]),
-            "{family} {name}: greedy tokens"
-        );
+        assert_eq!(greedy, ids(&variant["greedy"]), "{family} {name}: greedy tokens");
         let expected = tensors.rows(&format!("{name}.gen_logits"));
         let worst_decode = compare("gen_logits", &rows, &expected);
         println!("{family} {name}: prompt {worst_prompt:e}, decode {worst_decode:e}");
@@ -119,9 +100,7 @@ fn check(family: &str) {
 
 /// The file that transformers 5 wrote gives the same configuration as the hub's spelling.
 fn check_new_spelling(family: &str) {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../tests/golden")
-        .join(family);
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(family);
     let parse = |name: &str| {
         ModelConfig::parse(&std::fs::read_to_string(folder.join(name)).unwrap()).unwrap()
     };

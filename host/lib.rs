@@ -1,0 +1,9 @@
+//! The host side of tilert-mk: loads weights, feeds tokens, and reports.
+
+pub mod chat_template;
+pub mod error;
+pub mod load;
+pub mod logits_file;
+pub mod metrics;
+pub mod tokenizer;
+pub mod trace_file;
