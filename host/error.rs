@@ -27,6 +27,9 @@ pub enum Error {
     /// A checkpoint that cannot be loaded.
     #[error(transparent)]
     Load(#[from] crate::load::LoadError),
+    /// A model that cannot be lowered to a program.
+    #[error(transparent)]
+    Lower(#[from] tilert_mk_model::lower::LowerError),
     /// A tokenizer or chat template that cannot be used.
     #[error("{path}: {message}", path = path.display())]
     Tokenizer {

@@ -1,6 +1,8 @@
 //! The host side of tilert-mk: loads weights, feeds tokens, and reports.
 
 pub mod chat_template;
+pub mod cli;
+pub mod engine;
 pub mod error;
 pub mod load;
 pub mod logits_file;

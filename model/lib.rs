@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod lower;
 pub mod reference;
 pub mod rope;
 pub mod weights;

@@ -1,0 +1,274 @@
+//! The bodies of the tile primitives, over 16 lanes that the compiler maps to vectors.
+
+use super::{Matrix, Rows};
+use crate::machine::memory::Span;
+use half::f16;
+use tilert_mk_shared::task::WeightFormat;
+
+const LANES: usize = 16;
+type Lanes = [f32; LANES];
+
+/// Positions that attention scores before it adds their values.
+const SCORE_BLOCK: usize = 64;
+
+/// A stored value that widens to f32.
+trait Stored: Copy {
+    fn to_f32(self) -> f32;
+}
+impl Stored for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Bf16(u16);
+impl Stored for Bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.0 as u32) << 16)
+    }
+}
+impl Stored for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32_const(self)
+    }
+}
+
+#[inline(always)]
+fn fold(lanes: &Lanes) -> f32 {
+    let mut sums = *lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[inline(always)]
+fn load<W: Stored>(values: &[W]) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    for (lane, value) in lanes.iter_mut().zip(values) {
+        *lane = value.to_f32();
+    }
+    lanes
+}
+
+/// Products of `R` rows with `T` inputs. The order of additions depends on neither.
+#[inline(always)]
+fn dots<W: Stored, const R: usize, const T: usize>(w: [&[W]; R], x: [&[f32]; T]) -> [[f32; T]; R] {
+    let len = x[0].len();
+    let whole = len - len % LANES;
+    let mut sums = [[[0.0f32; LANES]; T]; R];
+    let mut at = 0;
+    while at < whole {
+        let inputs: [Lanes; T] = std::array::from_fn(|t| load(&x[t][at..at + LANES]));
+        for r in 0..R {
+            let weights = load(&w[r][at..at + LANES]);
+            for t in 0..T {
+                for lane in 0..LANES {
+                    sums[r][t][lane] = weights[lane].mul_add(inputs[t][lane], sums[r][t][lane]);
+                }
+            }
+        }
+        at += LANES;
+    }
+    if whole < len {
+        for r in 0..R {
+            let weights = load(&w[r][whole..len]);
+            for t in 0..T {
+                let input = load(&x[t][whole..len]);
+                for lane in 0..LANES {
+                    sums[r][t][lane] = weights[lane].mul_add(input[lane], sums[r][t][lane]);
+                }
+            }
+        }
+    }
+    std::array::from_fn(|r| std::array::from_fn(|t| fold(&sums[r][t])))
+}
+
+#[inline(always)]
+fn block<W: Stored, const R: usize, const T: usize>(
+    weights: &[W],
+    row: usize,
+    x: &Rows,
+    token: usize,
+    in_dim: usize,
+    y: &Rows,
+    out_first: usize,
+) {
+    let w = std::array::from_fn(|r| &weights[(row + r) * in_dim..(row + r + 1) * in_dim]);
+    let inputs = x.values.as_slice();
+    let input = std::array::from_fn(|t| &inputs[(token + t) * x.stride..][..in_dim]);
+    let products = dots::<W, R, T>(w, input);
+    for (r, row_products) in products.iter().enumerate() {
+        for (t, product) in row_products.iter().enumerate() {
+            y.values.write((token + t) * y.stride + out_first + row + r, *product);
+        }
+    }
+}
+
+#[inline(always)]
+fn matmul_stored<W: Stored>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
+    let span = unsafe { Span::<W>::new(m.address, m.row_count * m.in_dim) };
+    let weights = span.as_slice();
+    let paired = token_count - token_count % 2;
+    for row in (0..m.row_count - m.row_count % 4).step_by(4) {
+        for token in (0..paired).step_by(2) {
+            block::<W, 2, 2>(weights, row, &x, token, m.in_dim, &y, out_first);
+            block::<W, 2, 2>(weights, row + 2, &x, token, m.in_dim, &y, out_first);
+        }
+        if paired < token_count {
+            block::<W, 4, 1>(weights, row, &x, paired, m.in_dim, &y, out_first);
+        }
+    }
+    for row in m.row_count - m.row_count % 4..m.row_count {
+        for token in 0..token_count {
+            block::<W, 1, 1>(weights, row, &x, token, m.in_dim, &y, out_first);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    match m.format {
+        WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),
+        WeightFormat::F16 => matmul_stored::<f16>(m, x, token_count, y, out_first),
+        WeightFormat::Bf16 => matmul_stored::<Bf16>(m, x, token_count, y, out_first),
+    }
+}
+
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let [[sum]] = dots([x], [x]);
+    let scale = 1.0 / (sum / x.len() as f32 + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * scale * weight;
+    }
+}
+
+#[inline(always)]
+pub(super) fn rope(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = x.split_at_mut(cos.len());
+    for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+        let (a, b) = (*low, *high);
+        *low = a * cos - b * sin;
+        *high = b * cos + a * sin;
+    }
+}
+
+#[inline(always)]
+pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    for (gate, up) in gate.iter_mut().zip(up) {
+        *gate = *gate / (1.0 + exp(-*gate)) * up;
+    }
+}
+
+#[inline(always)]
+pub(super) fn attend(
+    query: &[f32],
+    keys: &[f32],
+    values: &[f32],
+    scale: f32,
+    out: &mut [f32],
+) -> (f32, f32) {
+    let dim = query.len();
+    let (mut largest, mut total) = (f32::NEG_INFINITY, 0.0f32);
+    out.fill(0.0);
+    for (keys, values) in keys.chunks(SCORE_BLOCK * dim).zip(values.chunks(SCORE_BLOCK * dim)) {
+        let mut scores = [0.0f32; SCORE_BLOCK];
+        let mut block_largest = largest;
+        for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
+            let [[product]] = dots([key], [query]);
+            *score = product * scale;
+            block_largest = block_largest.max(*score);
+        }
+        let keep = exp(largest - block_largest);
+        largest = block_largest;
+        total *= keep;
+        for value in out.iter_mut() {
+            *value *= keep;
+        }
+        for (score, value) in scores.iter().zip(values.chunks_exact(dim)) {
+            let weight = exp(score - largest);
+            total += weight;
+            for (out, value) in out.iter_mut().zip(value) {
+                *out = weight.mul_add(*value, *out);
+            }
+        }
+    }
+    (largest, total)
+}
+
+#[inline(always)]
+pub(super) fn blend(out: &mut [f32], keep: f32, x: &[f32], scale: f32) {
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = x.mul_add(scale, *out * keep);
+    }
+}
+
+#[inline(always)]
+fn widen_stored<W: Stored>(address: u64, first: u64, out: &mut [f32]) {
+    let address = address + first * size_of::<W>() as u64;
+    // SAFETY: the host has bound the table and keeps it until the workers end.
+    let span = unsafe { Span::<W>::new(address, out.len()) };
+    for (out, value) in out.iter_mut().zip(span.as_slice()) {
+        *out = value.to_f32();
+    }
+}
+
+#[inline(always)]
+pub(super) fn widen(address: u64, format: WeightFormat, first: u64, out: &mut [f32]) {
+    match format {
+        WeightFormat::F32 => widen_stored::<f32>(address, first, out),
+        WeightFormat::F16 => widen_stored::<f16>(address, first, out),
+        WeightFormat::Bf16 => widen_stored::<Bf16>(address, first, out),
+    }
+}
+
+/// Reduction by `ln 2` in two parts, then the degree-6 Taylor polynomial on `|r| <= ln(2)/2`.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    if x.is_nan() {
+        return x;
+    }
+    if x < -87.0 {
+        return 0.0;
+    }
+    let x = x.min(88.0);
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+    let power = x.mul_add(std::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
+    let rest = power.mul_add(-0.693_359_4, x);
+    let rest = power.mul_add(2.121_944_4e-4, rest);
+    let mut sum = 1.0f32 / 720.0;
+    for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        sum = sum.mul_add(rest, term);
+    }
+    sum * f32::from_bits(((power as i32 + 127) as u32) << 23)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Isa, exp};
+
+    #[test]
+    fn exp_is_close_and_the_same_for_every_instruction_set() {
+        for step in -870..870 {
+            let x = step as f32 * 0.1;
+            let portable = exp(Isa::Portable, x);
+            let exact = f64::from(x).exp();
+            assert!((f64::from(portable) / exact - 1.0).abs() < 3e-7, "e^{x} = {portable}");
+            for isa in [Isa::Avx2, Isa::Avx512] {
+                if isa.is_supported() {
+                    assert_eq!(exp(isa, x).to_bits(), portable.to_bits());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Tile primitives of the CPU machine.
+//!
+//! One source, compiled for AVX-512, for AVX2 and for any x86 or other chip, and chosen at run time.
+//! All sums run over 16 lanes with fused multiply-adds and are folded in one order, so the three
+//! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
+
+mod lanes;
+
+use tilert_mk_shared::task::WeightFormat;
+
+use crate::machine::memory::Span;
+
+/// Instruction sets that the primitives are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512F with FMA and F16C.
+    Avx512,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// What every chip of the target has.
+    Portable,
+}
+
+impl Isa {
+    /// The widest instruction set of this machine.
+    pub fn detect() -> Isa {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let has_fma = std::arch::is_x86_feature_detected!("fma")
+                && std::arch::is_x86_feature_detected!("f16c")
+                && std::arch::is_x86_feature_detected!("avx2");
+            if has_fma && std::arch::is_x86_feature_detected!("avx512f") {
+                return Isa::Avx512;
+            }
+            if has_fma {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Portable
+    }
+
+    /// Whether this machine can run it.
+    pub fn is_supported(self) -> bool {
+        match Isa::detect() {
+            Isa::Avx512 => true,
+            Isa::Avx2 => self != Isa::Avx512,
+            Isa::Portable => self == Isa::Portable,
+        }
+    }
+}
+
+/// Defines a primitive that runs its body compiled for the chosen instruction set.
+macro_rules! primitive {
+    ($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:path) => {
+        $(#[$doc])*
+        pub fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+                fn avx512($($arg: $type),*) $(-> $out)? { $body($($arg),*) }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $type),*) $(-> $out)? { $body($($arg),*) }
+                match isa {
+                    // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
+                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    Isa::Portable => {}
+                }
+            }
+            let _ = isa;
+            $body($($arg),*)
+        }
+    };
+}
+
+/// A matrix of weights: `[row_count, in_dim]` at an address.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    /// Address of the first value.
+    pub address: u64,
+    /// How values are stored.
+    pub format: WeightFormat,
+    /// Rows.
+    pub row_count: usize,
+    /// Values in a row; a multiple of 8.
+    pub in_dim: usize,
+}
+
+/// Rows of f32 values, `stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// The values.
+    pub values: Span<f32>,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+primitive! {
+    /// `y[token, out_first + row] = matrix[row] · x[token]`.
+    matmul(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
+        = lanes::matmul
+}
+primitive! {
+    /// `out = weight * x / sqrt(mean(x^2) + eps)`; all of one length.
+    rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) = lanes::rms_norm
+}
+primitive! {
+    /// Half-split RoPE in place: pairs `(x[i], x[i + n/2])`.
+    rope(x: &mut [f32], cos: &[f32], sin: &[f32]) = lanes::rope
+}
+primitive! {
+    /// `gate = silu(gate) * up`.
+    silu_mul(gate: &mut [f32], up: &[f32]) = lanes::silu_mul
+}
+primitive! {
+    /// One query against `keys.len() / query.len()` positions: leaves the weighted sum of values in
+    /// `out` and returns the largest score and the sum of weights.
+    attend(query: &[f32], keys: &[f32], values: &[f32], scale: f32, out: &mut [f32]) -> (f32, f32)
+        = lanes::attend
+}
+primitive! {
+    /// `out = out * keep + x * scale`.
+    blend(out: &mut [f32], keep: f32, x: &[f32], scale: f32) = lanes::blend
+}
+primitive! {
+    /// Converts stored weights, from value `first` of the table at `address`.
+    widen(address: u64, format: WeightFormat, first: u64, out: &mut [f32]) = lanes::widen
+}
+primitive! {
+    /// `e^x`, within 2 units in the last place; 0 below -87.
+    exp(x: f32) -> f32 = lanes::exp
+}
+
+/// Requests `bytes` at `address` into the cache; a hint that may name any address.
+pub fn prefetch(address: u64, bytes: u64) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        let pointer = (address as *const i8).wrapping_add(line as usize);
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(pointer) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, bytes);
+}
