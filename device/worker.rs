@@ -69,7 +69,8 @@ impl Worker {
     ///
     /// # Safety
     /// Every address in the header and in its tasks is valid for what it names until `run` returns,
-    /// no two workers have the same index, and the program has passed the validator.
+    /// no two workers have the same index, and the events of the program order all conflicting
+    /// accesses of its tasks.
     pub unsafe fn new(header: &ProgramHeader, worker_idx: u32, isa: Isa, clock: Instant) -> Worker {
         let span_count = header.worker_count as usize + 1;
         // SAFETY: by this function's contract.
@@ -142,7 +143,8 @@ impl Worker {
         unsafe { counter_u64(self.header.heap + offset) }
     }
 
-    fn has_stopped(&self) -> bool {
+    /// Whether the host has asked for the end, or a worker has faulted.
+    pub fn has_stopped(&self) -> bool {
         let word = self.mailbox_word(std::mem::offset_of!(Mailbox, stop));
         word.load(Ordering::Acquire) != StopWord::Run as u32
     }
@@ -248,11 +250,6 @@ impl Worker {
         } else {
             std::thread::yield_now();
         }
-    }
-
-    /// Whether the host has asked for the end, or a worker has faulted.
-    pub fn is_stopping(&self) -> bool {
-        self.has_stopped()
     }
 
     fn has_begun(&mut self, epoch: u32) -> bool {

@@ -1,5 +1,9 @@
 //! The engine: binds a checkpoint to a program, starts the workers, and moves tokens.
 
+mod bind;
+mod mailbox;
+mod summary;
+
 use std::mem::offset_of;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -7,29 +11,27 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use memmap2::{Advice, MmapMut};
+use memmap2::MmapMut;
 use tilert_mk_device::machine::cpu::Isa;
-use tilert_mk_device::machine::memory::{Span, counter_u32};
+use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::worker::Worker;
 use tilert_mk_model::config::ModelConfig;
-use tilert_mk_model::lower::{LowerOptions, Program, TENSOR_SHIFT, lower};
+use tilert_mk_model::lower::{LowerOptions, Program, lower};
 use tilert_mk_model::rope;
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::ABI_VERSION;
-use tilert_mk_shared::fault::{FaultCode, FaultRecord};
-use tilert_mk_shared::limits::{
-    COMMAND_COUNT_MAX, OUTPUT_COUNT_MAX, STEP_TOKENS_MAX, STOP_ID_COUNT_MAX, WAIT_NS_MAX,
-};
-use tilert_mk_shared::mailbox::{Command, CommandKind, Mailbox, Output, OutputKind, StopWord};
+use tilert_mk_shared::limits::{STEP_TOKENS_MAX, STOP_ID_COUNT_MAX, WAIT_NS_MAX};
+use tilert_mk_shared::mailbox::{CommandKind, Mailbox, Output, OutputKind, StopWord};
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
-use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
+use tilert_mk_shared::task::Task;
 use tilert_mk_shared::trace::TraceRecord;
 
+use self::bind::{anonymous, bind, format_of, load, open_checkpoint, read_config};
 use crate::error::{Error, Result};
-use crate::load::{Checkpoint, DummyWeights, copied};
+use crate::load::DummyWeights;
 
 /// Positions kept for a sequence unless asked otherwise.
 const CONTEXT_DEFAULT: u32 = 4096;
@@ -51,9 +53,9 @@ pub enum ModelSource<'a> {
 pub enum DeviceKind {
     /// The best that this build has: the CPU.
     Auto,
-    /// Pinned threads.
+    /// One thread for each worker.
     Cpu,
-    /// An NVIDIA GPU.
+    /// An NVIDIA GPU; not in this build.
     Cuda,
 }
 
@@ -175,105 +177,12 @@ pub struct Engine {
     header: ProgramHeader,
     workers: Vec<JoinHandle<()>>,
     clock: Instant,
-    // What the workers' addresses point into; dropped after `Drop` has joined them.
+    // What the workers' addresses point into; dropped after they have been joined.
     _weights: Box<dyn WeightSource + Send>,
     _vectors: Vec<Vec<f32>>,
     _tasks: Vec<Task>,
     _heap: MmapMut,
     _mailbox: MmapMut,
-}
-
-fn anonymous(bytes: u64) -> Result<MmapMut> {
-    let map = MmapMut::map_anon(bytes.max(4096) as usize)
-        .map_err(|error| Error::Device(format!("{bytes} bytes of memory: {error}")))?;
-    // A hint: without huge pages everything works, a little slower.
-    let _ = map.advise(Advice::HugePage);
-    Ok(map)
-}
-
-fn open_checkpoint(source: &ModelSource<'_>) -> Result<Checkpoint> {
-    match source {
-        ModelSource::Directory(path) => Ok(Checkpoint::open(path)?),
-        ModelSource::Embedded => Ok(Checkpoint::from_bytes(
-            include_str!("../model/demo/config.json"),
-            include_bytes!("../model/demo/model.safetensors"),
-        )?),
-    }
-}
-
-fn read_config(source: &ModelSource<'_>, checkpoint: &Checkpoint) -> Result<ModelConfig> {
-    let path = match source {
-        ModelSource::Directory(path) => path.join("config.json"),
-        ModelSource::Embedded => "embedded config.json".into(),
-    };
-    let wrap = |source| Error::Config { path: path.clone(), source };
-    let mut config = ModelConfig::parse(checkpoint.config_text()).map_err(wrap)?;
-    if let Some(text) = checkpoint.generation_config_text() {
-        config.override_eos(text).map_err(wrap)?;
-    }
-    Ok(config)
-}
-
-fn load(
-    checkpoint: Checkpoint,
-    mode: LoadMode,
-    needed: &[(String, Vec<u64>)],
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Box<dyn WeightSource + Send>> {
-    for (name, shape) in needed {
-        checkpoint.expect_shape(name, shape)?;
-    }
-    if mode == LoadMode::Copy || !checkpoint.is_aligned() {
-        return Ok(Box::new(copied(checkpoint, needed, progress)?));
-    }
-    Ok(Box::new(checkpoint))
-}
-
-fn format_of(weights: Dtype) -> WeightFormat {
-    match weights {
-        Dtype::F32 => WeightFormat::F32,
-        Dtype::F16 => WeightFormat::F16,
-        Dtype::Bf16 => WeightFormat::Bf16,
-    }
-}
-
-/// Replaces weight names in tasks by addresses; norms and biases are widened into `vectors`.
-fn bind(
-    program: &Program,
-    weights: &dyn WeightSource,
-    vectors: &mut Vec<Vec<f32>>,
-    dtype: Dtype,
-) -> Result<Vec<Task>> {
-    let mut bases = Vec::new();
-    for tensor in &program.tensors {
-        let view = weights
-            .tensor(&tensor.name)
-            .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
-        if tensor.shape.len() == 1 {
-            let values = view.to_f32();
-            bases.push(values.as_ptr() as u64);
-            vectors.push(values);
-        } else if view.dtype == dtype {
-            bases.push(view.data.as_ptr() as u64);
-        } else {
-            return Err(Error::Request(format!(
-                "the tensor {} is {}, but the embedding is {}; matrices must have one type",
-                tensor.name,
-                view.dtype.name(),
-                dtype.name()
-            )));
-        }
-    }
-    let mut tasks = program.tasks.clone();
-    for task in &mut tasks {
-        for reference in &mut task.refs {
-            let index = (*reference >> TENSOR_SHIFT) as usize;
-            if index > 0 {
-                *reference = bases[index - 1] + (*reference & ((1 << TENSOR_SHIFT) - 1));
-            }
-        }
-    }
-    Ok(tasks)
 }
 
 impl Engine {
@@ -291,13 +200,13 @@ impl Engine {
             (ModelSource::Directory(path), true) => {
                 let file = path.join("config.json");
                 let text = std::fs::read_to_string(&file).map_err(|e| Error::file(&file, e))?;
-                let config = ModelConfig::parse(&text)
-                    .map_err(|source| Error::Config { path: file, source })?;
-                (config, None)
+                (read_config(&source, &text, None)?, None)
             }
             _ => {
                 let checkpoint = open_checkpoint(&source)?;
-                (read_config(&source, &checkpoint)?, Some(checkpoint))
+                let generation = checkpoint.generation_config_text();
+                let config = read_config(&source, checkpoint.config_text(), generation)?;
+                (config, Some(checkpoint))
             }
         };
         let table = "model.embed_tokens.weight";
@@ -416,11 +325,6 @@ impl Engine {
         unsafe { Span::new(self.header.heap + offset, len) }
     }
 
-    fn word(&self, offset: usize) -> &std::sync::atomic::AtomicU32 {
-        // SAFETY: the mailbox lives as long as the engine; its words are only used as counters.
-        unsafe { counter_u32(self.header.mailbox + offset as u64) }
-    }
-
     /// The model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -447,8 +351,8 @@ impl Engine {
     }
 
     /// Name of a task.
-    pub fn task_name(&self, task_idx: u32) -> String {
-        self.program.names.get(task_idx as usize).cloned().unwrap_or_default()
+    fn task_name(&self, task_idx: u32) -> &str {
+        self.program.names.get(task_idx as usize).map_or("", String::as_str)
     }
 
     /// Checks a request against the model.
@@ -474,17 +378,6 @@ impl Engine {
             return Err(Error::Request(format!("more than {STOP_ID_COUNT_MAX} stop ids")));
         }
         Ok(())
-    }
-
-    fn command(&self, kind: CommandKind, params: SequenceParams) {
-        let ring = self.header.mailbox + offset_of!(Mailbox, commands) as u64;
-        // SAFETY: the ring is in the mailbox; the device does not read past `command_tail`.
-        let ring: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
-        let tail_word = self.word(offset_of!(Mailbox, command_tail));
-        let tail = tail_word.load(Ordering::Relaxed);
-        let command = Command { kind: kind as u32, slot: 0, params };
-        ring.write((tail % COMMAND_COUNT_MAX) as usize, command);
-        tail_word.store(tail.wrapping_add(1), Ordering::Release);
     }
 
     /// Runs one request to its end; `on_event` may break to cancel it.
@@ -518,114 +411,54 @@ impl Engine {
         self.command(CommandKind::Start, params);
         let mut is_cancelled = false;
         loop {
-            let Some(output) = self.next_output()? else {
-                std::thread::sleep(POLL_SLEEP);
-                if !is_cancelled && on_event(Event::Idle).is_break() {
-                    is_cancelled = true;
-                    self.command(CommandKind::Cancel, params);
+            let flow = match self.next_output()? {
+                None => {
+                    std::thread::sleep(POLL_SLEEP);
+                    if is_cancelled { ControlFlow::Continue(()) } else { on_event(Event::Idle) }
                 }
-                continue;
-            };
-            let flow = match OutputKind::from_raw(output.kind) {
-                Some(OutputKind::Token) if !is_cancelled => {
-                    answer.ids.push(output.value);
-                    answer.token_times_ns.push(output.time_ns);
-                    on_event(Event::Token { id: output.value, time_ns: output.time_ns })
-                }
-                Some(OutputKind::Logits) if !is_cancelled => {
-                    let vocab = self.config.vocab_size as usize;
-                    let offset = u64::from(output.value) * vocab as u64 * 4;
-                    let row = self.heap::<f32>(self.header.plan.logits + offset, vocab);
-                    on_event(Event::Logits { position: output.position, row: row.as_slice() })
-                }
-                Some(OutputKind::EndNotANumber) => {
-                    self.consume();
-                    let message =
-                        format!("the logits at position {} are not numbers", output.position);
-                    return Err(Error::Request(message));
-                }
-                Some(OutputKind::Token | OutputKind::Logits) => ControlFlow::Continue(()),
-                end => {
-                    self.consume();
-                    answer.finish_reason = match end {
-                        _ if is_cancelled => FinishReason::Cancelled,
-                        Some(OutputKind::EndStop) => FinishReason::Stop,
-                        _ => FinishReason::Length,
+                Some(output) => {
+                    let end = OutputKind::from_raw(output.kind);
+                    let end = end.filter(|k| !matches!(k, OutputKind::Token | OutputKind::Logits));
+                    let flow = if is_cancelled || end.is_some() {
+                        ControlFlow::Continue(())
+                    } else {
+                        self.report(&output, &mut answer, on_event)
                     };
-                    return Ok(answer);
+                    self.consume();
+                    if let Some(end) = end {
+                        answer.finish_reason = finish_reason(end, output.position, is_cancelled)?;
+                        return Ok(answer);
+                    }
+                    flow
                 }
             };
-            self.consume();
-            if flow.is_break() && !is_cancelled {
+            if flow.is_break() {
                 is_cancelled = true;
                 self.command(CommandKind::Cancel, params);
             }
         }
     }
 
-    fn next_output(&self) -> Result<Option<Output>> {
-        let head = self.word(offset_of!(Mailbox, output_head)).load(Ordering::Relaxed);
-        let tail = self.word(offset_of!(Mailbox, output_tail)).load(Ordering::Acquire);
-        if head != tail {
-            let ring = self.header.mailbox + offset_of!(Mailbox, outputs) as u64;
-            // SAFETY: the ring is in the mailbox; records before `output_tail` are complete.
-            let ring: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };
-            return Ok(Some(ring.read((head % OUTPUT_COUNT_MAX) as usize)));
+    /// Hands a token or a row of logits to the caller.
+    fn report(
+        &self,
+        output: &Output,
+        answer: &mut Completion,
+        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
+        if output.kind == OutputKind::Token as u32 {
+            answer.ids.push(output.value);
+            answer.token_times_ns.push(output.time_ns);
+            return on_event(Event::Token { id: output.value, time_ns: output.time_ns });
         }
-        let stop = self.word(offset_of!(Mailbox, stop)).load(Ordering::Acquire);
-        if stop == StopWord::Fault as u32 {
-            // SAFETY: the record is in the engine's memory and complete once `stop` says so.
-            let fault: Span<FaultRecord> = unsafe { Span::new(self.header.fault, 1) };
-            let fault = fault.read(0);
-            return Err(Error::Fault(format!(
-                "worker {} stopped at `{}` in step {}: {:?}, event {} expected {} but was {}",
-                fault.worker_idx,
-                self.task_name(fault.task_idx),
-                fault.epoch,
-                FaultCode::from_raw(fault.code),
-                fault.event,
-                fault.expected,
-                fault.observed
-            )));
-        }
-        if self.workers.iter().any(JoinHandle::is_finished) {
-            return Err(Error::Fault("a worker has ended without a fault record".into()));
-        }
-        Ok(None)
+        let vocab = self.config.vocab_size as usize;
+        let offset = u64::from(output.value) * vocab as u64 * 4;
+        let row = self.heap::<f32>(self.header.plan.logits + offset, vocab);
+        on_event(Event::Logits { position: output.position, row: row.as_slice() })
     }
 
-    fn consume(&self) {
-        let word = self.word(offset_of!(Mailbox, output_head));
-        word.store(word.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
-    }
-
-    /// The last traced tasks of each worker, in the order of time.
-    pub fn trace(&self) -> Vec<Vec<TraceRecord>> {
-        let capacity = self.header.trace_capacity as usize;
-        let ring_bytes = (capacity * size_of::<TraceRecord>()) as u64;
-        let worker_idxs = 0..u64::from(self.header.worker_count);
-        let records = |worker_idx| {
-            // SAFETY: the ring lives as long as the engine; a worker writes to it only in a step,
-            // and none runs while no request does, which `&self` and `generate` ensure.
-            let ring: Span<TraceRecord> =
-                unsafe { Span::new(self.header.trace + worker_idx * ring_bytes, capacity) };
-            let mut records: Vec<_> =
-                ring.as_slice().iter().filter(|record| record.epoch != 0).copied().collect();
-            records.sort_by_key(|record| record.started_ns);
-            records
-        };
-        worker_idxs.map(records).collect()
-    }
-
-    /// Weight bytes that one decoded token reads.
-    pub fn bytes_per_token(&self) -> u64 {
-        let linear = self.program.tasks.iter().filter(|t| t.opcode == Opcode::Linear as u16);
-        linear.map(|t| tilert_mk_shared::task::LinearArgs::unpack(t).weight_bytes()).sum()
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
+    /// Stops the workers and waits for their ends; no request can follow.
+    fn shut_down(&mut self) {
         let stop = self.word(offset_of!(Mailbox, stop));
         // A fault stays a fault; the workers leave either way.
         let _ = stop.compare_exchange(
@@ -639,55 +472,41 @@ impl Drop for Engine {
             let _ = worker.join();
         }
     }
-}
 
-impl crate::cli::Summary {
-    /// The figures of an open engine; probes the memory's read bandwidth.
-    pub fn of(engine: &Engine) -> Result<Self> {
-        let program = engine.program();
-        let parameters = program.tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum();
-        let weight_bytes = program
-            .tensors
-            .iter()
-            .filter_map(|t| engine._weights.tensor(&t.name))
-            .map(|view| view.data.len() as u64)
-            .sum();
-        let regions = program.plan.regions();
-        Ok(Self {
-            device: engine.device_name(),
-            workers: engine.worker_count(),
-            parameters,
-            weight_bytes,
-            bytes_per_token: engine.bytes_per_token(),
-            task_count: program.tasks.len() as u32,
-            event_count: program.event_arrivals.len() as u32,
-            stage_count: program.stage_count,
-            context_max: engine.context_max(),
-            heap_regions: regions.windows(2).map(|w| (w[0].0, w[1].1 - w[0].1)).collect(),
-            read_bytes_per_second: read_bandwidth(engine.worker_count())?,
-        })
+    /// Ends the engine; the last traced tasks of each worker, in the order of time.
+    pub fn into_trace(mut self) -> Vec<Vec<TraceRecord>> {
+        self.shut_down();
+        let capacity = self.header.trace_capacity as usize;
+        let ring_bytes = (capacity * size_of::<TraceRecord>()) as u64;
+        let worker_idxs = 0..u64::from(self.header.worker_count);
+        let records = |worker_idx| {
+            // SAFETY: the ring lives as long as the engine, and the workers that wrote to it have
+            // been joined above.
+            let ring: Span<TraceRecord> =
+                unsafe { Span::new(self.header.trace + worker_idx * ring_bytes, capacity) };
+            let mut records: Vec<_> =
+                ring.as_slice().iter().filter(|record| record.epoch != 0).copied().collect();
+            records.sort_by_key(|record| record.started_ns);
+            records
+        };
+        worker_idxs.map(records).collect()
     }
 }
 
-/// Bytes a second that `thread_count` threads read together, the best of three passes.
-fn read_bandwidth(thread_count: u32) -> Result<f64> {
-    const PROBE_BYTES: u64 = 256 << 20;
-    let mut map = anonymous(PROBE_BYTES * u64::from(thread_count))?;
-    map.fill(1);
-    let mut best = 0.0f64;
-    for _ in 0..3 {
-        let begin = Instant::now();
-        std::thread::scope(|scope| {
-            for part in map.chunks(PROBE_BYTES as usize) {
-                scope.spawn(move || {
-                    let sum = part.chunks_exact(8).fold(0u64, |sum, bytes| {
-                        sum.wrapping_add(bytes.try_into().map_or(0, u64::from_ne_bytes))
-                    });
-                    std::hint::black_box(sum)
-                });
-            }
-        });
-        best = best.max(map.len() as f64 / begin.elapsed().as_secs_f64());
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shut_down();
     }
-    Ok(best)
+}
+
+fn finish_reason(end: OutputKind, position: u32, is_cancelled: bool) -> Result<FinishReason> {
+    Ok(match end {
+        OutputKind::EndNotANumber => {
+            let message = format!("the logits at position {position} are not numbers");
+            return Err(Error::Request(message));
+        }
+        _ if is_cancelled => FinishReason::Cancelled,
+        OutputKind::EndStop => FinishReason::Stop,
+        _ => FinishReason::Length,
+    })
 }

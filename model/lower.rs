@@ -110,11 +110,9 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
         return Err(LowerError::Context { wanted: options.context_max, limit });
     }
     let mut dims = dims(config, options);
-    // Offsets before the events' region do not matter: it is the first, so its size must be known.
-    let plan_of = |dims: &Dims, events: u32| HeapPlan::new(dims, options.worker_count, events);
-    let event_count = Builder::new(config, *options).build(&plan_of(&dims, 0)).event_arrivals.len();
-    let plan = plan_of(&dims, event_count as u32);
-    let builder = Builder::new(config, *options).build(&plan);
+    // Events and scratch, whose sizes only the tasks tell, follow every region that a task names.
+    let draft = HeapPlan::new(&dims, options.worker_count, 0);
+    let builder = Builder::new(config, *options).build(&draft);
     dims.task_rows_max = builder
         .tasks
         .iter()
@@ -122,8 +120,8 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
         .map(|task| LinearArgs::unpack(task).row_count())
         .max()
         .unwrap_or(1);
-    // The rows only size the scratch, which comes after every region that a task names.
-    let plan = plan_of(&dims, event_count as u32);
+    let event_count = builder.event_arrivals.len() as u32;
+    let plan = HeapPlan::new(&dims, options.worker_count, event_count);
     Ok(builder.finish(dims, plan))
 }
 
@@ -165,13 +163,10 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Names a tensor; each is asked for once.
     fn tensor(&mut self, name: String, shape: &[u64]) -> u64 {
-        let known = self.tensors.iter().position(|tensor| tensor.name == name);
-        let index = known.unwrap_or_else(|| {
-            self.tensors.push(Tensor { name, shape: shape.to_vec() });
-            self.tensors.len() - 1
-        });
-        (index as u64 + 1) << TENSOR_SHIFT
+        self.tensors.push(Tensor { name, shape: shape.to_vec() });
+        (self.tensors.len() as u64) << TENSOR_SHIFT
     }
 
     fn event(&mut self) -> EventId {
@@ -338,8 +333,6 @@ impl<'a> Builder<'a> {
             let args = AttentionArgs {
                 layer_idx,
                 kv_head_idx,
-                part_idx: 0,
-                part_count: 1,
                 qkv: plan.qkv,
                 splits: plan.splits,
                 query_norm,

@@ -98,8 +98,6 @@ pub const SAMPLE_BIN_COUNT: u64 = 256;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct HeapPlan {
-    /// Event counters, `EVENT_STRIDE_BYTES` apart.
-    pub events: u64,
     /// Queue cursors, `CURSOR_STRIDE_BYTES` apart.
     pub cursors: u64,
     /// One `StepState`.
@@ -127,6 +125,8 @@ pub struct HeapPlan {
     pub logits: u64,
     /// The sampler's workspace: `[vocab_size] f32`, then `[SAMPLE_BIN_COUNT] u64`.
     pub sample: u64,
+    /// Event counters, `EVENT_STRIDE_BYTES` apart.
+    pub events: u64,
     /// `[worker_count]` scratches of `Dims::scratch_bytes`.
     pub scratch: u64,
     /// The KV cache, see `KvGeometry`.
@@ -146,7 +146,6 @@ impl HeapPlan {
         let slots = kv.slot_count as u64;
         let rope = kv.context_max as u64 * (kv.head_dim / 2) as u64 * 4;
         let sizes: [u64; REGION_COUNT] = [
-            event_count as u64 * EVENT_STRIDE_BYTES,
             (worker_count as u64 + 1) * CURSOR_STRIDE_BYTES,
             size_of::<StepState>() as u64,
             slots * size_of::<SequenceState>() as u64,
@@ -160,6 +159,7 @@ impl HeapPlan {
             tokens * dims.intermediate_dim as u64 * 4,
             tokens * dims.vocab_size as u64 * 4,
             align_up(dims.vocab_size as u64 * 4) + SAMPLE_BIN_COUNT * 8,
+            event_count as u64 * EVENT_STRIDE_BYTES,
             worker_count as u64 * dims.scratch_bytes(),
             kv.value_count() * 4,
         ];
@@ -170,20 +170,20 @@ impl HeapPlan {
             i += 1;
         }
         HeapPlan {
-            events: offsets[0],
-            cursors: offsets[1],
-            step: offsets[2],
-            sequences: offsets[3],
-            tokens: offsets[4],
-            token_marks: offsets[5],
-            rope_cos: offsets[6],
-            rope_sin: offsets[7],
-            hidden: offsets[8],
-            qkv: offsets[9],
-            splits: offsets[10],
-            intermediate: offsets[11],
-            logits: offsets[12],
-            sample: offsets[13],
+            cursors: offsets[0],
+            step: offsets[1],
+            sequences: offsets[2],
+            tokens: offsets[3],
+            token_marks: offsets[4],
+            rope_cos: offsets[5],
+            rope_sin: offsets[6],
+            hidden: offsets[7],
+            qkv: offsets[8],
+            splits: offsets[9],
+            intermediate: offsets[10],
+            logits: offsets[11],
+            sample: offsets[12],
+            events: offsets[13],
             scratch: offsets[14],
             kv: offsets[15],
             total_bytes: offsets[16],
@@ -193,7 +193,6 @@ impl HeapPlan {
     /// Names and offsets of the regions in the order of their offsets, the end last.
     pub const fn regions(&self) -> [(&'static str, u64); REGION_COUNT + 1] {
         [
-            ("events", self.events),
             ("cursors", self.cursors),
             ("step", self.step),
             ("sequences", self.sequences),
@@ -207,6 +206,7 @@ impl HeapPlan {
             ("intermediate", self.intermediate),
             ("logits", self.logits),
             ("sample", self.sample),
+            ("events", self.events),
             ("scratch", self.scratch),
             ("kv", self.kv),
             ("end", self.total_bytes),

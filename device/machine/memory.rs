@@ -2,7 +2,7 @@
 //!
 //! All memory is named by addresses in the program header and in task records. A `Span` turns one
 //! into a typed view. Views of the same bytes may exist in several workers; that no two of them
-//! conflict is what the program's events establish and what `model/validate` proves.
+//! conflict is what the program's events establish, as `model/lower` arranges them.
 
 use std::sync::atomic::{AtomicU32, AtomicU64};
 

@@ -21,7 +21,7 @@ pub(super) fn run(worker: &Worker) -> Result<(), Stopped> {
         if has_room(worker) && compose(worker) {
             return Ok(());
         }
-        if worker.is_stopping() {
+        if worker.has_stopped() {
             return Err(Stopped);
         }
         looks += 1;
@@ -56,7 +56,8 @@ fn read_commands(worker: &Worker) {
             start(worker, command);
         } else if states.read(slot).is_active != 0 {
             let state = states.read(slot);
-            super::sample::publish(worker, OutputKind::EndCancelled, command.slot, &state, 0);
+            let kind = OutputKind::EndCancelled;
+            super::sample::publish(worker, kind, command.slot, state.position, 0);
             states.as_mut_slice()[slot].is_active = 0;
         }
         head = head.wrapping_add(1);

@@ -1,7 +1,7 @@
-//! Attention of one KV head over a part of the splits.
+//! Attention of one KV head.
 //!
-//! The new keys and values at positions of this part's splits are appended by this task, and no
-//! other task reads those splits, so the cache needs no event of its own within a step.
+//! This task alone appends to and reads its head's part of the cache, so the cache needs no event of
+//! its own within a step.
 
 use tilert_mk_shared::kv::{attention_span, attention_split_count};
 use tilert_mk_shared::sequence::StepToken;
@@ -61,7 +61,7 @@ fn rotate(worker: &Worker, from: Span<f32>, norm: u64, position: u32, out: Span<
     rope(worker.isa, out.as_mut_slice(), cos.as_slice(), sin.as_slice());
 }
 
-/// Appends the token's key and value if any query of this part will read them.
+/// Appends the token's key and value to the cache.
 fn append(worker: &Worker, args: &AttentionArgs, token_idx: u32, token: &StepToken) {
     let dims = &worker.header.dims;
     let dim = dims.kv.head_dim as usize;
@@ -87,7 +87,7 @@ fn attend_token(worker: &Worker, args: &AttentionArgs, token_idx: u32, token: &S
         let query = super::scratch_input(worker).sub(0, dim);
         let from = head(worker, args, token_idx, head_idx);
         rotate(worker, from, args.query_norm, token.position, query);
-        for split in (args.part_idx..split_count).step_by(args.part_count as usize) {
+        for split in 0..split_count {
             let first = split as usize * span;
             let count = span.min(token.position as usize + 1 - first);
             let offset = args.splits + dims.split_idx(token_idx, head_idx, split) * 4;

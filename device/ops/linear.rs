@@ -4,7 +4,7 @@ use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Segment, TokenRows};
 
-use crate::machine::cpu::{Matrix, Rows, blend, exp, matmul, rms_norm, silu_mul};
+use crate::machine::cpu::{Matrix, Rows, add_scaled, exp, matmul, rms_norm, silu_mul};
 use crate::machine::memory::Span;
 use crate::worker::{Claim, Worker};
 
@@ -62,7 +62,7 @@ fn input(w: &mut Worker, epoch: u32, args: &LinearArgs, step: &StepState, count:
             let eps = w.header.dims.rms_norm_eps;
             rms_norm(w.isa, from.as_slice(), weight.as_slice(), eps, out.as_mut_slice());
         } else {
-            merge(w, args.x, token_idx, step.tokens[row].position, out);
+            merge(w, args.x, token_idx, step.tokens[token_idx as usize].position, out);
         }
     }
     w.prologue = Some((epoch, args.prologue_key));
@@ -89,7 +89,7 @@ fn merge(worker: &Worker, splits: u64, token_idx: u32, position: u32, out: Span<
             let part = split(idx);
             let weight = exp(worker.isa, part.read(dim) - largest);
             total += weight * part.read(dim + 1);
-            blend(worker.isa, head_out, 1.0, part.sub(0, dim).as_slice(), weight);
+            add_scaled(worker.isa, head_out, part.sub(0, dim).as_slice(), weight);
         }
         for value in head_out {
             *value /= total;

@@ -31,7 +31,7 @@ pub(super) fn run(worker: &Worker) {
             continue;
         }
         if state.params.flags & WANT_LOGITS != 0 {
-            push(worker, OutputKind::Logits, token, token.logit_row);
+            publish(worker, OutputKind::Logits, token.slot, token.position, token.logit_row);
         }
         if state.position == state.token_count {
             advance(worker, token, state);
@@ -40,23 +40,24 @@ pub(super) fn run(worker: &Worker) {
 }
 
 fn advance(worker: &Worker, token: &StepToken, state: &mut SequenceState) {
+    let report = |kind, value| publish(worker, kind, token.slot, token.position, value);
     let Some(next) = choose(worker, token, state) else {
         state.is_active = 0;
-        return push(worker, OutputKind::EndNotANumber, token, 0);
+        return report(OutputKind::EndNotANumber, 0);
     };
     if state.params.sampling.has_penalty() {
         let marks = super::marks(worker, token.slot);
         marks.write(next as usize, marks.read(next as usize) + 1);
     }
     state.generated_count += 1;
-    push(worker, OutputKind::Token, token, next);
+    report(OutputKind::Token, next);
     let stop_ids = &state.params.stop_ids[..state.params.stop_id_count as usize];
     if stop_ids.contains(&next) {
         state.is_active = 0;
-        push(worker, OutputKind::EndStop, token, 0);
+        report(OutputKind::EndStop, 0);
     } else if state.generated_count == state.params.generate_max {
         state.is_active = 0;
-        push(worker, OutputKind::EndLength, token, 0);
+        report(OutputKind::EndLength, 0);
     } else {
         super::tokens(worker, token.slot).write(state.token_count as usize, next);
         state.token_count += 1;
@@ -156,35 +157,12 @@ fn keep_nucleus(ordered: &mut Vec<(u64, u32)>, top_p: f32) {
     ordered.truncate(count);
 }
 
-fn push(worker: &Worker, kind: OutputKind, token: &StepToken, value: u32) {
-    write(
-        worker,
-        Output {
-            kind: kind as u32,
-            slot: token.slot,
-            position: token.position,
-            value,
-            time_ns: worker.now_ns(),
-        },
-    );
-}
-
-/// Publishes a record about a slot that is not part of a step.
-pub(super) fn publish(
-    worker: &Worker,
-    kind: OutputKind,
-    slot: u32,
-    state: &SequenceState,
-    value: u32,
-) {
-    let position = state.position;
-    let time_ns = worker.now_ns();
-    write(worker, Output { kind: kind as u32, slot, position, value, time_ns });
-}
-
+/// Publishes a record about a slot.
+///
 /// Order: the record is stored before the release store of `output_tail`. `Admit` has made sure of
 /// the room.
-fn write(worker: &Worker, output: Output) {
+pub(super) fn publish(worker: &Worker, kind: OutputKind, slot: u32, position: u32, value: u32) {
+    let output = Output { kind: kind as u32, slot, position, value, time_ns: worker.now_ns() };
     let ring = worker.header.mailbox + offset_of!(Mailbox, outputs) as u64;
     // SAFETY: the ring is part of the mailbox; the host does not read records past `output_tail`.
     let outputs: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };

@@ -234,7 +234,9 @@ pub(super) fn run(args: &LaunchArgs) -> Result<()> {
         file.finish()?;
     }
     if let Some(file) = trace {
-        file.write(&engine.trace(), &|task_idx| engine.task_name(task_idx))?;
+        let names = engine.program().names.clone();
+        let name = |task_idx: u32| names.get(task_idx as usize).cloned().unwrap_or_default();
+        file.write(&engine.into_trace(), &name)?;
     }
     Ok(())
 }

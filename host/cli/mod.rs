@@ -60,7 +60,7 @@ struct ModelArgs {
     /// Device that runs the model.
     #[arg(long, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
-    /// Workers: pinned threads on the CPU, resident blocks on a GPU [default: one per core].
+    /// Workers, a thread each [default: one per core].
     #[arg(long, value_name = "N", value_parser = worker_count)]
     workers: Option<u32>,
     /// Positions of the KV cache [default: the model's, at most 4096].

@@ -198,18 +198,16 @@ pub(super) fn attend(
         for (score, value) in scores.iter().zip(values.chunks_exact(dim)) {
             let weight = exp(score - largest);
             total += weight;
-            for (out, value) in out.iter_mut().zip(value) {
-                *out = weight.mul_add(*value, *out);
-            }
+            add_scaled(out, value, weight);
         }
     }
     (largest, total)
 }
 
 #[inline(always)]
-pub(super) fn blend(out: &mut [f32], keep: f32, x: &[f32], scale: f32) {
+pub(super) fn add_scaled(out: &mut [f32], x: &[f32], scale: f32) {
     for (out, x) in out.iter_mut().zip(x) {
-        *out = x.mul_add(scale, *out * keep);
+        *out = x.mul_add(scale, *out);
     }
 }
 

@@ -120,8 +120,8 @@ primitive! {
         = lanes::attend
 }
 primitive! {
-    /// `out = out * keep + x * scale`.
-    blend(out: &mut [f32], keep: f32, x: &[f32], scale: f32) = lanes::blend
+    /// `out += x * scale`.
+    add_scaled(out: &mut [f32], x: &[f32], scale: f32) = lanes::add_scaled
 }
 primitive! {
     /// Converts stored weights, from value `first` of the table at `address`.

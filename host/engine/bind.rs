@@ -1,0 +1,111 @@
+//! Binding: a checkpoint's tensors become the addresses in a program's tasks.
+
+use memmap2::{Advice, MmapMut};
+use tilert_mk_model::config::ModelConfig;
+use tilert_mk_model::lower::{Program, TENSOR_SHIFT};
+use tilert_mk_model::weights::{Dtype, WeightSource};
+use tilert_mk_shared::task::{Task, WeightFormat};
+
+use super::{LoadMode, ModelSource};
+use crate::error::{Error, Result};
+use crate::load::{Checkpoint, copied};
+
+/// Zeroed memory, in huge pages where the system has them.
+pub(super) fn anonymous(bytes: u64) -> Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes.max(4096) as usize)
+        .map_err(|error| Error::Device(format!("{bytes} bytes of memory: {error}")))?;
+    // A hint: without huge pages everything works, a little slower.
+    let _ = map.advise(Advice::HugePage);
+    Ok(map)
+}
+
+pub(super) fn open_checkpoint(source: &ModelSource<'_>) -> Result<Checkpoint> {
+    match source {
+        ModelSource::Directory(path) => Ok(Checkpoint::open(path)?),
+        ModelSource::Embedded => Ok(Checkpoint::from_bytes(
+            include_str!("../../model/demo/config.json"),
+            include_bytes!("../../model/demo/model.safetensors"),
+        )?),
+    }
+}
+
+/// The model that a config.json, and what goes with it, describes.
+pub(super) fn read_config(
+    source: &ModelSource<'_>,
+    text: &str,
+    generation_text: Option<&str>,
+) -> Result<ModelConfig> {
+    let path = match source {
+        ModelSource::Directory(path) => path.join("config.json"),
+        ModelSource::Embedded => "embedded config.json".into(),
+    };
+    let wrap = |source| Error::Config { path: path.clone(), source };
+    let mut config = ModelConfig::parse(text).map_err(wrap)?;
+    if let Some(text) = generation_text {
+        config.override_eos(text).map_err(wrap)?;
+    }
+    Ok(config)
+}
+
+/// The needed weights in memory, each of its expected shape.
+pub(super) fn load(
+    checkpoint: Checkpoint,
+    mode: LoadMode,
+    needed: &[(String, Vec<u64>)],
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Box<dyn WeightSource + Send>> {
+    if mode == LoadMode::Copy || !checkpoint.is_aligned() {
+        return Ok(Box::new(copied(checkpoint, needed, progress)?));
+    }
+    for (name, shape) in needed {
+        checkpoint.expect_shape(name, shape)?;
+    }
+    Ok(Box::new(checkpoint))
+}
+
+pub(super) fn format_of(weights: Dtype) -> WeightFormat {
+    match weights {
+        Dtype::F32 => WeightFormat::F32,
+        Dtype::F16 => WeightFormat::F16,
+        Dtype::Bf16 => WeightFormat::Bf16,
+    }
+}
+
+/// Replaces weight names in tasks by addresses; norms and biases are widened into `vectors`.
+pub(super) fn bind(
+    program: &Program,
+    weights: &dyn WeightSource,
+    vectors: &mut Vec<Vec<f32>>,
+    dtype: Dtype,
+) -> Result<Vec<Task>> {
+    let mut bases = Vec::new();
+    for tensor in &program.tensors {
+        let view = weights
+            .tensor(&tensor.name)
+            .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
+        if tensor.shape.len() == 1 {
+            let values = view.to_f32();
+            bases.push(values.as_ptr() as u64);
+            vectors.push(values);
+        } else if view.dtype == dtype {
+            bases.push(view.data.as_ptr() as u64);
+        } else {
+            return Err(Error::Request(format!(
+                "the tensor {} is {}, but the embedding is {}; matrices must have one type",
+                tensor.name,
+                view.dtype.name(),
+                dtype.name()
+            )));
+        }
+    }
+    let mut tasks = program.tasks.clone();
+    for task in &mut tasks {
+        for reference in &mut task.refs {
+            let index = (*reference >> TENSOR_SHIFT) as usize;
+            if index > 0 {
+                *reference = bases[index - 1] + (*reference & ((1 << TENSOR_SHIFT) - 1));
+            }
+        }
+    }
+    Ok(tasks)
+}
