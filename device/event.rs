@@ -1,23 +1,25 @@
-//! Waiting for and signalling events.
+//! Signalling events and polling for them.
 //!
-//! Order: a signal is one release increment after the task's stores; a wait polls with relaxed loads
-//! and then fences with acquire order, so everything that the signallers stored is visible.
+//! Order: a signal releases what its worker stored before, on every lane: the lanes have met at
+//! `Machine::sync`, and the leader's release is cumulative. A poll is relaxed; when it succeeds, one
+//! acquire fence follows, and every later read of the worker sees what was stored before the
+//! signals that made the counter reach its target.
 
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use crate::machine::{EventCounter, fence_acquire};
 use tilert_mk_shared::event::is_reached;
 
-/// Counts one arrival; publishes what this worker stored before.
-#[inline]
-pub fn signal(counter: &AtomicU32) {
-    counter.fetch_add(1, Ordering::Release);
+/// Adds one arrival. Called by the leader after the worker's lanes have met.
+#[inline(always)]
+pub fn signal(counter: &EventCounter) {
+    counter.add_release(1);
 }
 
-/// Whether the counter has reached `target`; if so, the signallers' stores are visible.
-#[inline]
-pub fn poll(counter: &AtomicU32, target: u32) -> bool {
-    let is_complete = is_reached(counter.load(Ordering::Relaxed), target);
-    if is_complete {
-        fence(Ordering::Acquire);
+/// Whether the counter has reached `target`; if so, what preceded its signals is visible.
+#[inline(always)]
+pub fn poll(counter: &EventCounter, target: u32) -> bool {
+    if is_reached(counter.load_relaxed(), target) {
+        fence_acquire();
+        return true;
     }
-    is_complete
+    false
 }

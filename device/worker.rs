@@ -1,33 +1,28 @@
 //! The worker loop: claim, stage, wait, run, signal.
 //!
 //! Tasks are listed in an order in which each depends only on earlier ones. A worker claims in that
-//! order and finishes what it claimed before it claims again, so the oldest unfinished task can
-//! always run. While its own task waits, a worker runs tasks of other queues that are ready: they
-//! finish without waiting, so the argument holds.
+//! order and finishes what it claimed in the order of its claims, so the oldest unfinished task can
+//! always run. While its own task waits, a worker of a machine that allows it runs tasks of other
+//! queues that are ready: they finish without waiting, so the argument holds.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Instant;
+use core::cell::Cell;
+use core::mem::offset_of;
 
+use tilert_mk_shared::ABI_VERSION;
 use tilert_mk_shared::event::{EVENT_STRIDE_BYTES, EventId, target};
 use tilert_mk_shared::fault::{FaultCode, FaultRecord};
 use tilert_mk_shared::mailbox::{Mailbox, StopWord};
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, QueueSpan, comes_before};
+use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor, QueueSpan, comes_before};
 use tilert_mk_shared::task::{Opcode, Task};
 use tilert_mk_shared::trace::{TRACE_STOLEN, TraceRecord};
 
-use crate::machine::cpu::Isa;
-use crate::machine::memory::{Span, counter_u32, counter_u64};
+use crate::machine::memory::Span;
+use crate::machine::{CursorCounter, EventCounter, HostCounter, Machine};
 use crate::{event, ops, queue};
 
 /// Polls between two looks at other queues, the stop word and the clock.
 const POLLS_PER_LOOK: u32 = 256;
-/// Idle looks after which an idle worker sleeps between looks.
-const IDLE_LOOKS_MAX: u32 = 200;
-/// How long it sleeps.
-const IDLE_SLEEP: std::time::Duration = std::time::Duration::from_micros(50);
-/// Bytes of a task's weights that are requested before its input is ready.
-const STAGE_BYTES: u64 = 4096;
 
 /// The device stops: the worker leaves its loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,9 +30,9 @@ pub struct Stopped;
 
 /// A task that this worker owns.
 #[derive(Clone, Copy, Debug)]
-pub struct Claim {
+pub struct Claim<'a> {
     /// Its record.
-    pub task: Task,
+    pub task: &'a Task,
     /// Its index in the program.
     pub task_idx: u32,
     /// Its step.
@@ -45,76 +40,93 @@ pub struct Claim {
     is_stolen: bool,
 }
 
-/// One worker: what it shares with the others, and what is its own.
-pub struct Worker {
-    /// The program.
-    pub header: ProgramHeader,
-    /// Which worker this is.
-    pub worker_idx: u32,
-    /// Instruction set of the primitives.
-    pub isa: Isa,
-    /// Zero of the device's clock.
-    pub clock: Instant,
-    /// Prologue result in this worker's scratch: step and key.
-    pub prologue: Option<(u32, u32)>,
-    tasks: Span<Task>,
-    spans: Span<QueueSpan>,
-    entries: Span<u32>,
-    begun_epoch: u32,
-    trace_count: u64,
+impl<'a> Claim<'a> {
+    /// A task of the worker's own or the shared queue.
+    #[inline(always)]
+    pub fn new(task: &'a Task, task_idx: u32, epoch: u32) -> Claim<'a> {
+        Claim { task, task_idx, epoch, is_stolen: false }
+    }
 }
 
-impl Worker {
+/// One worker: what it shares with the others, and what is its own.
+pub struct Worker<'a, M: Machine> {
+    /// The program.
+    pub header: &'a ProgramHeader,
+    /// Which worker this is.
+    pub worker_idx: u32,
+    /// What it runs on.
+    pub machine: &'a M,
+    /// Input rows that `Machine::input_rows` holds: step and key.
+    pub prologue: Cell<Option<(u32, u32)>>,
+    own_cursor: Cell<Cursor>,
+    begun_epoch: Cell<u32>,
+    complete: Cell<(EventId, u32)>,
+    trace_count: Cell<u64>,
+}
+
+impl<'a, M: Machine> Worker<'a, M> {
     /// A worker of the program in `header`.
     ///
     /// # Safety
-    /// Every address in the header and in its tasks is valid for what it names until `run` returns,
-    /// no two workers have the same index, and the events of the program order all conflicting
-    /// accesses of its tasks.
-    pub unsafe fn new(header: &ProgramHeader, worker_idx: u32, isa: Isa, clock: Instant) -> Worker {
-        let span_count = header.worker_count as usize + 1;
-        // SAFETY: by this function's contract.
-        let tasks = unsafe { Span::new(header.tasks, header.task_count as usize) };
-        // SAFETY: by this function's contract.
-        let spans: Span<QueueSpan> = unsafe { Span::new(header.queue_spans, span_count) };
-        let entry_count = spans.as_slice().iter().map(|span| span.count as usize).sum();
-        // SAFETY: by this function's contract; the spans cover the list of entries exactly.
-        let entries = unsafe { Span::new(header.queue_entries, entry_count) };
+    /// Every address in the header and in its tasks is valid for what it names until the worker
+    /// ends, no two workers have the same index, and the events of the program order all
+    /// conflicting accesses of its tasks.
+    #[inline(always)]
+    pub unsafe fn new(header: &'a ProgramHeader, worker_idx: u32, machine: &'a M) -> Self {
         Worker {
-            header: *header,
+            header,
             worker_idx,
-            isa,
-            clock,
-            prologue: None,
-            tasks,
-            spans,
-            entries,
-            begun_epoch: 0,
-            trace_count: 0,
+            machine,
+            prologue: Cell::new(None),
+            own_cursor: Cell::new(Cursor::START),
+            begun_epoch: Cell::new(0),
+            complete: Cell::new((EventId::NONE, 0)),
+            trace_count: Cell::new(0),
         }
     }
 
-    /// Runs tasks until the device stops.
-    pub fn run(&mut self) {
+    /// Claims, stages and computes in turns until the device stops: the loop of a machine whose
+    /// workers are one thread each.
+    pub fn run(&self) {
+        if self.begin().is_err() {
+            return;
+        }
         while let Some(claim) = self.claim_next() {
             let claimed_ns = self.trace_ns();
-            self.stage(&claim.task);
+            self.machine.stage(claim.task);
             let staged_ns = self.trace_ns();
-            if self.wait(&claim).is_err() {
-                return;
-            }
-            if self.execute(&claim, claimed_ns, staged_ns).is_err() {
+            if self.compute(&claim, claimed_ns, staged_ns).is_err() {
                 return;
             }
         }
     }
 
-    /// Nanoseconds on the device's clock.
-    pub fn now_ns(&self) -> u64 {
-        self.clock.elapsed().as_nanos() as u64
+    /// Checks the program's version and tells the host that the device runs. Collective.
+    #[inline(always)]
+    pub fn begin(&self) -> Result<(), Stopped> {
+        let version = self.header.abi_version;
+        if self.machine.lane_idx() == 0 {
+            if version != ABI_VERSION {
+                self.fault(FaultCode::BadHeader, None, ABI_VERSION, version);
+            } else if self.worker_idx == 0 {
+                let address = self.header.mailbox + offset_of!(Mailbox, clock_ns) as u64;
+                // SAFETY: a word of the mailbox that only this lane writes, before `ready`.
+                unsafe { Span::<u64>::new(address, 1) }.write(0, self.machine.now_ns());
+                self.mailbox_word(offset_of!(Mailbox, ready)).store_release(1);
+            }
+        }
+        if version == ABI_VERSION { Ok(()) } else { Err(Stopped) }
+    }
+
+    /// Waits for a claimed task's input, runs it and signals. Collective.
+    #[inline(always)]
+    pub fn compute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
+        self.wait(claim)?;
+        self.execute(claim, claimed_ns, staged_ns)
     }
 
     /// A typed view of `len` values at a heap offset.
+    #[inline(always)]
     pub fn heap<T: Copy>(&self, offset: u64, len: u64) -> Span<T> {
         assert!(offset + len * size_of::<T>() as u64 <= self.header.plan.total_bytes);
         // SAFETY: within the heap by the assertion; regions are aligned to cache lines and valid by
@@ -123,53 +135,83 @@ impl Worker {
     }
 
     /// The counter at an offset of the mailbox.
-    pub fn mailbox_word(&self, offset: usize) -> &AtomicU32 {
+    #[inline(always)]
+    pub fn mailbox_word(&self, offset: usize) -> &'a HostCounter {
         assert!(offset < size_of::<Mailbox>());
         // SAFETY: the mailbox is valid by the contract of `Worker::new`; its words are only counters.
-        unsafe { counter_u32(self.header.mailbox + offset as u64) }
+        unsafe { HostCounter::at(self.header.mailbox + offset as u64) }
     }
 
-    fn event(&self, id: EventId) -> &AtomicU32 {
+    #[inline(always)]
+    fn event(&self, id: EventId) -> &'a EventCounter {
         assert!(id.0 < self.header.event_count);
         let offset = self.header.plan.events + u64::from(id.0) * EVENT_STRIDE_BYTES;
         // SAFETY: one of the header's events; the region holds nothing but counters.
-        unsafe { counter_u32(self.header.heap + offset) }
+        unsafe { EventCounter::at(self.header.heap + offset) }
     }
 
-    fn cursor(&self, queue_idx: u32) -> &AtomicU64 {
+    #[inline(always)]
+    fn cursor(&self, queue_idx: u32) -> &'a CursorCounter {
         assert!(queue_idx <= self.header.worker_count);
         let offset = self.header.plan.cursors + u64::from(queue_idx) * CURSOR_STRIDE_BYTES;
         // SAFETY: one of the header's cursors; the region holds nothing but counters.
-        unsafe { counter_u64(self.header.heap + offset) }
+        unsafe { CursorCounter::at(self.header.heap + offset) }
     }
 
     /// Whether the host has asked for the end, or a worker has faulted.
+    #[inline(always)]
     pub fn has_stopped(&self) -> bool {
-        let word = self.mailbox_word(std::mem::offset_of!(Mailbox, stop));
-        word.load(Ordering::Acquire) != StopWord::Run as u32
+        let word = self.mailbox_word(offset_of!(Mailbox, stop));
+        word.load_acquire() != StopWord::Run as u32
+    }
+
+    #[inline(always)]
+    fn span(&self, queue_idx: u32) -> QueueSpan {
+        let count = self.header.worker_count as usize + 1;
+        // SAFETY: by the contract of `Worker::new`.
+        unsafe { Span::<QueueSpan>::new(self.header.queue_spans, count) }.read(queue_idx as usize)
+    }
+
+    /// The task at a position of a queue.
+    #[inline(always)]
+    fn entry(&self, span: QueueSpan, position: u32) -> u32 {
+        let address = self.header.queue_entries + u64::from(span.first) * 4;
+        // SAFETY: the spans cover the list of entries, by the contract of `Worker::new`.
+        unsafe { Span::<u32>::new(address, span.count as usize) }.read(position as usize)
+    }
+
+    #[inline(always)]
+    fn task(&self, task_idx: u32) -> &'a Task {
+        assert!(task_idx < self.header.task_count);
+        let address = self.header.tasks + u64::from(task_idx) * size_of::<Task>() as u64;
+        // SAFETY: one of the header's tasks, which nobody writes, by the contract of `Worker::new`.
+        unsafe { &*(address as *const Task) }
     }
 
     /// The task at a queue's cursor, not claimed; its program order is `(epoch, task_idx)`.
-    fn head(&self, queue_idx: u32) -> Option<(tilert_mk_shared::queue::Cursor, u32)> {
-        let span = self.spans.read(queue_idx as usize);
+    #[inline(always)]
+    fn head(&self, queue_idx: u32) -> Option<(Cursor, u32, u32)> {
+        let span = self.span(queue_idx);
         if span.count == 0 {
             return None;
         }
-        let cursor = queue::peek(self.cursor(queue_idx));
-        Some((cursor, self.entries.read((span.first + cursor.position) as usize)))
+        let is_private = !M::IS_STEALABLE && queue_idx == self.worker_idx;
+        let cursor =
+            if is_private { self.own_cursor.get() } else { queue::peek(self.cursor(queue_idx)) };
+        Some((cursor, self.entry(span, cursor.position), span.count))
     }
 
-    /// Claims the earlier of the own queue's next task and the shared queue's.
-    fn claim_next(&self) -> Option<Claim> {
+    /// Claims the earlier of the own queue's next task and the shared queue's; none if both are
+    /// empty for good.
+    #[inline(always)]
+    pub fn claim_next(&self) -> Option<Claim<'a>> {
         let shared = self.header.worker_count;
         loop {
-            let own_head = self.head(self.worker_idx);
-            let shared_head = self.head(shared);
-            let queue_idx = match (own_head, shared_head) {
+            let queue_idx = match (self.head(self.worker_idx), self.head(shared)) {
                 (None, None) => return None,
                 (Some(_), None) => self.worker_idx,
                 (None, Some(_)) => shared,
-                (Some((own, own_task)), Some((other, other_task))) => {
+                (Some((own, own_task, _)), Some((other, other_task, _))) => {
                     if comes_before(own.epoch, own_task, other.epoch, other_task) {
                         self.worker_idx
                     } else {
@@ -183,86 +225,89 @@ impl Worker {
         }
     }
 
-    fn claim_from(&self, queue_idx: u32, is_stolen: bool) -> Option<Claim> {
-        let (cursor, task_idx) = self.head(queue_idx)?;
-        let task = self.tasks.read(task_idx as usize);
-        if is_stolen && !self.is_ready(&task, cursor.epoch) {
+    #[inline(always)]
+    fn claim_from(&self, queue_idx: u32, is_stolen: bool) -> Option<Claim<'a>> {
+        let (cursor, task_idx, count) = self.head(queue_idx)?;
+        let task = self.task(task_idx);
+        if is_stolen && !self.is_ready(task, cursor.epoch) {
             return None;
         }
-        let count = self.spans.read(queue_idx as usize).count;
-        let is_mine = queue::claim(self.cursor(queue_idx), cursor, count);
+        let is_mine = if !M::IS_STEALABLE && queue_idx == self.worker_idx {
+            self.own_cursor.set(cursor.next(count));
+            true
+        } else {
+            queue::claim(self.cursor(queue_idx), cursor, count)
+        };
         is_mine.then_some(Claim { task, task_idx, epoch: cursor.epoch, is_stolen })
     }
 
     /// Whether the task may run at once. `Admit` may wait for the host, so it is never "ready".
+    #[inline(always)]
     fn is_ready(&self, task: &Task, epoch: u32) -> bool {
         task.opcode != Opcode::Admit as u16
             && task.wait_event.is_some()
             && event::poll(self.event(task.wait_event), target(task.wait_count, epoch))
     }
 
-    /// Requests the first bytes of a task's weights.
-    fn stage(&self, task: &Task) {
-        if task.opcode == Opcode::Linear as u16 {
-            crate::machine::cpu::prefetch(task.refs[3], STAGE_BYTES);
-        }
-    }
-
     /// Waits for a task's input event; runs ready tasks of other queues meanwhile.
-    fn wait(&mut self, claim: &Claim) -> Result<(), Stopped> {
-        if !claim.task.wait_event.is_some() {
+    #[inline(always)]
+    fn wait(&self, claim: &Claim) -> Result<(), Stopped> {
+        let wait_event = claim.task.wait_event;
+        if !wait_event.is_some() || self.complete.get() == (wait_event, claim.epoch) {
             return Ok(());
         }
+        if self.machine.lead(|| u32::from(self.wait_leading(claim).is_err())) != 0 {
+            return Err(Stopped);
+        }
+        self.complete.set((wait_event, claim.epoch));
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn wait_leading(&self, claim: &Claim) -> Result<(), Stopped> {
         // `Admit` waits for the previous step's end.
         let is_admit = claim.task.opcode == Opcode::Admit as u16;
         let epoch = if is_admit { claim.epoch.wrapping_sub(1) } else { claim.epoch };
         let goal = target(claim.task.wait_count, epoch);
+        let counter = self.event(claim.task.wait_event);
         let (mut idle_looks, mut deadline_ns) = (0u32, None);
         loop {
             for _ in 0..POLLS_PER_LOOK {
-                if event::poll(self.event(claim.task.wait_event), goal) {
-                    self.begun_epoch = claim.epoch;
+                if event::poll(counter, goal) {
+                    self.begun_epoch.set(claim.epoch);
                     return Ok(());
                 }
-                std::hint::spin_loop();
+                self.machine.relax();
             }
             if self.has_stopped() {
                 return Err(Stopped);
             }
-            if self.steal()? {
+            if M::IS_STEALABLE && self.steal()? {
                 (idle_looks, deadline_ns) = (0, None);
                 continue;
             }
             if !is_admit && self.has_begun(claim.epoch) {
                 self.check_deadline(claim, goal, &mut deadline_ns)?;
-                std::thread::yield_now();
+                self.machine.idle(0);
             } else {
                 idle_looks += 1;
-                self.idle(idle_looks);
+                self.machine.idle(idle_looks);
             }
         }
     }
 
-    /// Gives the core away while there is nothing to do.
-    pub fn idle(&self, looks: u32) {
-        if looks > IDLE_LOOKS_MAX {
-            std::thread::sleep(IDLE_SLEEP);
-        } else {
-            std::thread::yield_now();
-        }
-    }
-
-    fn has_begun(&mut self, epoch: u32) -> bool {
-        if self.begun_epoch != epoch {
+    #[inline(always)]
+    fn has_begun(&self, epoch: u32) -> bool {
+        if self.begun_epoch.get() != epoch {
             let begin = self.event(EventId(self.header.begin_event));
             if event::poll(begin, target(1, epoch)) {
-                self.begun_epoch = epoch;
+                self.begun_epoch.set(epoch);
             }
         }
-        self.begun_epoch == epoch
+        self.begun_epoch.get() == epoch
     }
 
-    fn steal(&mut self) -> Result<bool, Stopped> {
+    fn steal(&self) -> Result<bool, Stopped> {
         for step in 1..self.header.worker_count {
             let victim = (self.worker_idx + step) % self.header.worker_count;
             if let Some(claim) = self.claim_from(victim, true) {
@@ -274,73 +319,87 @@ impl Worker {
         Ok(false)
     }
 
+    #[inline(always)]
     fn check_deadline(
         &self,
         claim: &Claim,
         goal: u32,
         deadline_ns: &mut Option<u64>,
     ) -> Result<(), Stopped> {
-        let now_ns = self.now_ns();
+        let now_ns = self.machine.now_ns();
         let deadline = *deadline_ns.get_or_insert(now_ns + self.header.wait_ns_max);
         if now_ns < deadline {
             return Ok(());
         }
-        let observed = self.event(claim.task.wait_event).load(Ordering::Relaxed);
-        self.fault(FaultCode::WaitTimeout, claim, goal, observed);
+        let observed = self.event(claim.task.wait_event).load_relaxed();
+        self.fault(FaultCode::WaitTimeout, Some(claim), goal, observed);
         Err(Stopped)
     }
 
-    /// Leaves a fault record, unless another worker has, and stops the device.
-    fn fault(&self, code: FaultCode, claim: &Claim, expected: u32, observed: u32) {
+    /// Leaves a fault record, unless another worker has, and stops the device. For the leader.
+    #[inline(always)]
+    fn fault(&self, code: FaultCode, claim: Option<&Claim>, expected: u32, observed: u32) {
         // SAFETY: the record is valid by the contract of `Worker::new`; `claimed` is only a counter.
-        let claimed = unsafe { counter_u32(self.header.fault) };
-        if claimed.swap(1, Ordering::Relaxed) != 0 {
+        let claimed = unsafe { HostCounter::at(self.header.fault) };
+        if claimed.swap_relaxed(1) != 0 {
             return;
         }
         let record = FaultRecord {
             claimed: 1,
             code: code as u32,
             worker_idx: self.worker_idx,
-            task_idx: claim.task_idx,
-            epoch: claim.epoch,
-            event: claim.task.wait_event.0,
+            task_idx: claim.map_or(0, |claim| claim.task_idx),
+            epoch: claim.map_or(0, |claim| claim.epoch),
+            event: claim.map_or(EventId::NONE.0, |claim| claim.task.wait_event.0),
             expected,
             observed,
-            time_ns: self.now_ns(),
+            time_ns: self.machine.now_ns(),
         };
         // SAFETY: this worker alone has claimed the record; the host reads it after `stop` below.
         let slot: Span<FaultRecord> = unsafe { Span::new(self.header.fault, 1) };
         slot.write(0, record);
-        let word = self.mailbox_word(std::mem::offset_of!(Mailbox, stop));
-        word.store(StopWord::Fault as u32, Ordering::Release);
+        let word = self.mailbox_word(offset_of!(Mailbox, stop));
+        word.store_release(StopWord::Fault as u32);
     }
 
-    fn execute(&mut self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
+    #[inline(always)]
+    fn execute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
         let started_ns = self.trace_ns();
         match Opcode::from_raw(claim.task.opcode) {
             Some(opcode) => ops::run(opcode, self, claim)?,
             None => {
-                self.fault(FaultCode::BadTask, claim, 0, u32::from(claim.task.opcode));
+                let opcode = u32::from(claim.task.opcode);
+                self.machine.lead(|| {
+                    self.fault(FaultCode::BadTask, Some(claim), 0, opcode);
+                    0
+                });
                 return Err(Stopped);
             }
         }
-        self.record(claim, [claimed_ns, staged_ns, started_ns]);
-        if claim.task.signal_event.is_some() {
-            event::signal(self.event(claim.task.signal_event));
+        // After this every lane's stores are ordered before the leader's signal.
+        self.machine.sync();
+        if self.machine.lane_idx() == 0 {
+            self.record(claim, [claimed_ns, staged_ns, started_ns]);
+            if claim.task.signal_event.is_some() {
+                event::signal(self.event(claim.task.signal_event));
+            }
         }
         Ok(())
     }
 
-    fn trace_ns(&self) -> u64 {
-        if self.header.trace_capacity == 0 { 0 } else { self.now_ns() }
+    /// The time, if the program is traced.
+    #[inline(always)]
+    pub fn trace_ns(&self) -> u64 {
+        if self.header.trace_capacity == 0 { 0 } else { self.machine.now_ns() }
     }
 
-    fn record(&mut self, claim: &Claim, times_ns: [u64; 3]) {
+    #[inline(always)]
+    fn record(&self, claim: &Claim, times_ns: [u64; 3]) {
         let capacity = u64::from(self.header.trace_capacity);
         if capacity == 0 {
             return;
         }
-        let first = u64::from(self.worker_idx) * capacity + self.trace_count % capacity;
+        let first = u64::from(self.worker_idx) * capacity + self.trace_count.get() % capacity;
         let address = self.header.trace + first * size_of::<TraceRecord>() as u64;
         // SAFETY: this worker's own ring, valid by the contract of `Worker::new`.
         let slot: Span<TraceRecord> = unsafe { Span::new(address, 1) };
@@ -353,10 +412,10 @@ impl Worker {
                 claimed_ns,
                 staged_ns,
                 started_ns,
-                finished_ns: self.now_ns(),
+                finished_ns: self.machine.now_ns(),
                 flags: if claim.is_stolen { TRACE_STOLEN } else { 0 },
             },
         );
-        self.trace_count += 1;
+        self.trace_count.set(self.trace_count.get() + 1);
     }
 }

@@ -7,38 +7,37 @@ mod summary;
 use std::mem::offset_of;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
-use tilert_mk_device::machine::cpu::Isa;
-use tilert_mk_device::machine::memory::Span;
-use tilert_mk_device::worker::Worker;
 use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{LowerOptions, Program, lower};
 use tilert_mk_model::rope;
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::ABI_VERSION;
+use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::limits::{STEP_TOKENS_MAX, STOP_ID_COUNT_MAX, WAIT_NS_MAX};
 use tilert_mk_shared::mailbox::{CommandKind, Mailbox, Output, OutputKind, StopWord};
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
-use tilert_mk_shared::task::Task;
 use tilert_mk_shared::trace::TraceRecord;
 
-use self::bind::{anonymous, bind, format_of, load, open_checkpoint, read_config};
+use self::bind::{bind, bytes_of, format_of, load, open_checkpoint, read_config};
+use crate::driver::cpu::CpuDevice;
+use crate::driver::cuda::CudaDevice;
+use crate::driver::{Device, Profile};
 use crate::error::{Error, Result};
 use crate::load::DummyWeights;
 
 /// Positions kept for a sequence unless asked otherwise.
 const CONTEXT_DEFAULT: u32 = 4096;
-/// Weight bytes of a linear task, about.
-const TILE_BYTES: u64 = 128 << 10;
-/// How long the host sleeps between looks at the mailbox.
+/// How long a host that may not spin sleeps between looks at the mailbox.
 const POLL_SLEEP: Duration = Duration::from_micros(100);
+/// Looks at the mailbox between two looks at the device and the caller's wishes, when spinning.
+const LOOKS_PER_CHECK: u32 = 4096;
+/// How long a device may take from its launch to its first sign of life.
+const START_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// Where a model comes from.
 pub enum ModelSource<'a> {
@@ -51,18 +50,34 @@ pub enum ModelSource<'a> {
 /// Which device runs the program.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum DeviceKind {
-    /// The best that this build has: the CPU.
+    /// The first GPU that can run the kernel, or else the CPU.
     Auto,
     /// One thread for each worker.
     Cpu,
-    /// An NVIDIA GPU; not in this build.
+    /// The first NVIDIA GPU: one block for each worker.
     Cuda,
+}
+
+impl DeviceKind {
+    /// Opens the device.
+    ///
+    /// Errors: a GPU that was asked for by name and cannot be used.
+    pub fn open(self) -> Result<Box<dyn Device>> {
+        match self {
+            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new())),
+            DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(0)?)),
+            DeviceKind::Auto => match CudaDevice::open(0) {
+                Ok(device) => Ok(Box::new(device)),
+                Err(_) => Ok(Box::new(CpuDevice::new())),
+            },
+        }
+    }
 }
 
 /// How weights come into memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum LoadMode {
-    /// Used in place from the mapped file.
+    /// Used in place from the mapped file, on the CPU; uploaded from it, on a GPU.
     Map,
     /// Copied once into huge pages.
     Copy,
@@ -72,32 +87,32 @@ pub enum LoadMode {
 
 /// What the user decides about an engine.
 pub struct EngineOptions {
-    /// The device.
-    pub device: DeviceKind,
-    /// Workers; one per core if none.
+    /// Workers; what the device prefers if none.
     pub workers: Option<u32>,
     /// Positions per sequence; at most 4096 of the model's if none.
     pub max_context: Option<u32>,
     /// Sequences resident at once.
     pub slots: u32,
-    /// Tokens of a step, from 1 to `STEP_TOKENS_MAX`.
+    /// Tokens of a step at most, from 1 to `STEP_TOKENS_MAX`; fewer where the device has a limit.
     pub step_tokens: u32,
     /// Where weights are kept.
     pub load: LoadMode,
     /// Steps that the trace keeps; 0 for no trace.
     pub trace_steps: u32,
+    /// Time after which a wait inside a step is a fault.
+    pub wait_ns_max: u64,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
-            device: DeviceKind::Auto,
             workers: None,
             max_context: None,
             slots: 1,
             step_tokens: STEP_TOKENS_MAX,
             load: LoadMode::Map,
             trace_steps: 0,
+            wait_ns_max: WAIT_NS_MAX,
         }
     }
 }
@@ -116,7 +131,7 @@ pub struct Request<'a> {
     pub want_logits: bool,
 }
 
-/// What happens while a request runs.
+/// What happens while requests run.
 pub enum Event<'a> {
     /// A token was generated, at `time_ns` of the engine's clock.
     Token {
@@ -132,6 +147,8 @@ pub enum Event<'a> {
         /// `[vocab_size]`.
         row: &'a [f32],
     },
+    /// The answer is complete; its slot is free.
+    End(FinishReason),
     /// Nothing for a while.
     Idle,
 }
@@ -145,6 +162,11 @@ pub enum FinishReason {
     Stop,
     /// The caller ended it.
     Cancelled,
+    /// The logits of this position were not numbers.
+    NotANumber {
+        /// The position.
+        position: u32,
+    },
 }
 
 impl FinishReason {
@@ -154,6 +176,7 @@ impl FinishReason {
             FinishReason::Length => "length",
             FinishReason::Stop => "stop",
             FinishReason::Cancelled => "cancelled",
+            FinishReason::NotANumber { .. } => "not-a-number",
         }
     }
 }
@@ -175,32 +198,40 @@ pub struct Engine {
     config: ModelConfig,
     program: Program,
     header: ProgramHeader,
-    workers: Vec<JoinHandle<()>>,
+    is_busy: Vec<bool>,
+    logits: Vec<f32>,
     clock: Instant,
-    // What the workers' addresses point into; dropped after they have been joined.
-    _weights: Box<dyn WeightSource + Send>,
+    /// What to add to the device's clock to get the engine's.
+    clock_offset_ns: u64,
+    device: Box<dyn Device>,
+    // What the workers' addresses point into; dropped after the device.
+    weights: Box<dyn WeightSource + Send>,
     _vectors: Vec<Vec<f32>>,
-    _tasks: Vec<Task>,
-    _heap: MmapMut,
-    _mailbox: MmapMut,
 }
 
 impl Engine {
-    /// Loads a model and starts its workers. `progress` hears of bytes done and in all.
+    /// Loads a model onto a device and starts its workers. `progress` hears of bytes done and in
+    /// all.
+    ///
+    /// Errors: a model, a checkpoint or a device that cannot be used, each with its name.
     pub fn open(
         source: ModelSource<'_>,
+        device: Box<dyn Device>,
         options: &EngineOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
-        if options.device == DeviceKind::Cuda {
-            return Err(Error::Device("--device cuda: this build runs on the CPU only".into()));
-        }
         let is_dummy = options.load == LoadMode::Dummy;
         let (config, checkpoint) = match (&source, is_dummy) {
             (ModelSource::Directory(path), true) => {
                 let file = path.join("config.json");
                 let text = std::fs::read_to_string(&file).map_err(|e| Error::file(&file, e))?;
                 (read_config(&source, &text, None)?, None)
+            }
+            (ModelSource::Embedded, true) => {
+                return Err(Error::Usage(
+                    "--load dummy needs --model DIR with a config.json: the demo model has weights"
+                        .into(),
+                ));
             }
             _ => {
                 let checkpoint = open_checkpoint(&source)?;
@@ -217,16 +248,7 @@ impl Engine {
             }
             None => Dtype::Bf16,
         };
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-        let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
-        let lower_options = LowerOptions {
-            worker_count: options.workers.unwrap_or(cores).max(1),
-            slot_count: options.slots,
-            context_max: options.max_context.unwrap_or(context.min(CONTEXT_DEFAULT)),
-            step_tokens_max: options.step_tokens,
-            format: format_of(dtype),
-            tile_bytes: TILE_BYTES,
-        };
+        let lower_options = lower_options(&config, device.profile(), options, dtype)?;
         let program = lower(&config, &lower_options)?;
         let needed: Vec<_> =
             program.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
@@ -234,27 +256,31 @@ impl Engine {
             Some(checkpoint) => load(checkpoint, options.load, &needed, progress)?,
             None => Box::new(DummyWeights::new(&needed, dtype, 0)?),
         };
-        Engine::start(config, program, weights, dtype, options)
+        Engine::start(config, program, device, weights, dtype, options)
     }
 
     fn start(
         config: ModelConfig,
         program: Program,
+        mut device: Box<dyn Device>,
         weights: Box<dyn WeightSource + Send>,
         dtype: Dtype,
         options: &EngineOptions,
     ) -> Result<Engine> {
         let mut vectors = Vec::new();
-        let tasks = bind(&program, weights.as_ref(), &mut vectors, dtype)?;
+        let tasks = bind(&program, weights.as_ref(), device.as_mut(), &mut vectors, dtype)?;
         let worker_count = program.queue_spans.len() as u32 - 1;
         let wanted = u64::from(options.trace_steps) * tasks.len() as u64;
         let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };
-        let ring_bytes = trace_capacity * size_of::<TraceRecord>() as u64;
-        let heap = anonymous(program.plan.total_bytes)?;
-        let mailbox_bytes = (size_of::<Mailbox>() as u64).next_multiple_of(128);
-        let trace_offset = mailbox_bytes + 128;
-        let mailbox = anonymous(trace_offset + ring_bytes * u64::from(worker_count))?;
-        let base = mailbox.as_ptr() as u64;
+        let trace_bytes =
+            trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
+        let (kv, slots) = (&program.dims.kv, program.dims.kv.slot_count);
+        let prompts = u64::from(slots) * u64::from(kv.context_max) * 4;
+        let uploaded = |device: &mut dyn Device, what: &str, bytes: &[u8]| {
+            let address = device.reserve(what, bytes.len() as u64)?;
+            device.write(address, bytes)?;
+            Ok::<u64, Error>(address)
+        };
         let header = ProgramHeader {
             abi_version: ABI_VERSION,
             worker_count,
@@ -262,67 +288,74 @@ impl Engine {
             event_count: program.event_arrivals.len() as u32,
             begin_event: program.begin_event.0,
             trace_capacity: trace_capacity as u32,
-            wait_ns_max: WAIT_NS_MAX,
-            tasks: tasks.as_ptr() as u64,
-            queue_spans: program.queue_spans.as_ptr() as u64,
-            queue_entries: program.queue_entries.as_ptr() as u64,
-            heap: heap.as_ptr() as u64,
-            mailbox: base,
-            fault: base + mailbox_bytes,
-            trace: base + trace_offset,
+            page_count: device.profile().page_count,
+            reserved: 0,
+            wait_ns_max: options.wait_ns_max,
+            tasks: uploaded(device.as_mut(), "the tasks", bytes_of(&tasks))?,
+            queue_spans: uploaded(device.as_mut(), "the queues", bytes_of(&program.queue_spans))?,
+            queue_entries: uploaded(
+                device.as_mut(),
+                "the queues",
+                bytes_of(&program.queue_entries),
+            )?,
+            heap: device.reserve("the heap", program.plan.total_bytes)?,
+            mailbox: device.reserve_shared("the mailbox", size_of::<Mailbox>() as u64)?,
+            prompts: device.reserve_shared("the prompts", prompts)?,
+            fault: device.reserve_shared("the fault record", size_of::<FaultRecord>() as u64)?,
+            trace: device.reserve_shared("the trace", trace_bytes.max(64))?,
             dims: program.dims,
             plan: program.plan,
         };
         let mut engine = Engine {
             config,
             header,
-            workers: Vec::new(),
+            is_busy: vec![false; slots as usize],
+            logits: vec![0.0; program.dims.vocab_size as usize],
             clock: Instant::now(),
-            _weights: weights,
+            clock_offset_ns: 0,
+            device,
+            weights,
             _vectors: vectors,
-            _tasks: tasks,
             program,
-            _heap: heap,
-            _mailbox: mailbox,
         };
-        engine.prepare();
-        engine.spawn()?;
+        engine.prepare()?;
+        engine.launch()?;
         Ok(engine)
     }
 
     /// Fills what the workers expect: cursors at their start, RoPE tables.
-    fn prepare(&self) {
-        let plan = &self.header.plan;
+    fn prepare(&mut self) -> Result<()> {
+        let (heap, plan) = (self.header.heap, self.header.plan);
         for queue_idx in 0..=u64::from(self.header.worker_count) {
-            let offset = plan.cursors + queue_idx * CURSOR_STRIDE_BYTES;
-            self.heap::<u64>(offset, 1).write(0, Cursor::START.pack());
+            let address = heap + plan.cursors + queue_idx * CURSOR_STRIDE_BYTES;
+            self.device.write(address, &Cursor::START.pack().to_ne_bytes())?;
         }
         let tables = rope::tables(&self.config, self.context_max());
-        for (offset, table) in [(plan.rope_cos, &tables.cos), (plan.rope_sin, &tables.sin)] {
-            self.heap::<f32>(offset, table.len()).as_mut_slice().copy_from_slice(table);
-        }
+        self.device.write(heap + plan.rope_cos, bytes_of(&tables.cos))?;
+        self.device.write(heap + plan.rope_sin, bytes_of(&tables.sin))
     }
 
-    fn spawn(&mut self) -> Result<()> {
-        let (isa, clock) = (Isa::detect(), self.clock);
-        for worker_idx in 0..self.header.worker_count {
-            let header = self.header;
-            let handle = std::thread::Builder::new()
-                .name(format!("worker {worker_idx}"))
-                .spawn(move || {
-                    // SAFETY: the engine keeps all memory until `drop` has joined this thread.
-                    let mut worker = unsafe { Worker::new(&header, worker_idx, isa, clock) };
-                    worker.run();
-                })
-                .map_err(|error| Error::Device(format!("starting a worker: {error}")))?;
-            self.workers.push(handle);
+    /// Starts the workers and waits for their first sign of life, which also relates the clocks.
+    fn launch(&mut self) -> Result<()> {
+        self.device.launch(&self.header)?;
+        let begin = Instant::now();
+        while self.word(offset_of!(Mailbox, ready)).load_acquire() == 0 {
+            self.check_fault()?;
+            if begin.elapsed() > START_TIME_MAX {
+                let seconds = START_TIME_MAX.as_secs();
+                return Err(Error::Fault(format!("no worker began within {seconds} s")));
+            }
+            std::hint::spin_loop();
+        }
+        if self.device.now_ns().is_none() {
+            self.clock_offset_ns = self.now_ns().wrapping_sub(self.started_ns());
         }
         Ok(())
     }
 
-    fn heap<T: Copy>(&self, offset: u64, len: usize) -> Span<T> {
-        // SAFETY: offsets come from the plan of this heap, which lives as long as the engine.
-        unsafe { Span::new(self.header.heap + offset, len) }
+    /// Nanoseconds on the engine's clock, which is the device's where the host has that one.
+    fn now_ns(&self) -> u64 {
+        self.device.now_ns().unwrap_or_else(|| self.clock.elapsed().as_nanos() as u64)
     }
 
     /// The model.
@@ -336,8 +369,8 @@ impl Engine {
     }
 
     /// Name of the device.
-    pub fn device_name(&self) -> &'static str {
-        "cpu"
+    pub fn device_name(&self) -> &str {
+        &self.device.profile().name
     }
 
     /// Workers.
@@ -380,15 +413,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Runs one request to its end; `on_event` may break to cancel it.
+    /// Starts a request in a free slot and returns the slot; `poll` tells what becomes of it.
     ///
-    /// Errors: a request that does not fit the model, logits that are not numbers, a fault.
-    pub fn generate(
-        &mut self,
-        request: &Request<'_>,
-        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
-    ) -> Result<Completion> {
+    /// Errors: a request that does not fit the model; all slots busy.
+    pub fn submit(&mut self, request: &Request<'_>) -> Result<u32> {
         self.check(request)?;
+        let slot = self.is_busy.iter().position(|busy| !busy);
+        let slot =
+            slot.ok_or_else(|| Error::Request("all sequence slots are busy".into()))? as u32;
         let mut stop_ids = [0; STOP_ID_COUNT_MAX];
         stop_ids[..request.stop_ids.len()].copy_from_slice(request.stop_ids);
         let params = SequenceParams {
@@ -399,97 +431,138 @@ impl Engine {
             stop_ids,
             sampling: request.sampling,
         };
-        self.heap::<u32>(self.header.plan.tokens, request.prompt.len())
-            .as_mut_slice()
-            .copy_from_slice(request.prompt);
+        self.write_prompt(slot, request.prompt);
+        self.command(CommandKind::Start, slot, params);
+        self.is_busy[slot as usize] = true;
+        Ok(slot)
+    }
+
+    /// Ends the request in a slot before it ends by itself; its `Event::End` still comes.
+    pub fn cancel(&mut self, slot: u32) {
+        let params = SequenceParams {
+            prompt_count: 0,
+            generate_max: 0,
+            flags: 0,
+            stop_id_count: 0,
+            stop_ids: [0; STOP_ID_COUNT_MAX],
+            sampling: SamplingParams::GREEDY,
+        };
+        self.command(CommandKind::Cancel, slot, params);
+    }
+
+    /// Hands the oldest output to `on_event` with its slot; false if there is none.
+    ///
+    /// Errors: a device that has stopped.
+    pub fn poll(&mut self, on_event: &mut dyn FnMut(u32, Event<'_>)) -> Result<bool> {
+        let Some(output) = self.next_output()? else {
+            return Ok(false);
+        };
+        let (slot, position) = (output.slot, output.position);
+        let event = match OutputKind::from_raw(output.kind) {
+            Some(OutputKind::Token) => {
+                let time_ns = output.time_ns.wrapping_add(self.clock_offset_ns);
+                Event::Token { id: output.value, time_ns }
+            }
+            Some(OutputKind::Logits) => {
+                self.read_logits(&output)?;
+                Event::Logits { position, row: &self.logits }
+            }
+            Some(OutputKind::EndLength) => Event::End(FinishReason::Length),
+            Some(OutputKind::EndStop) => Event::End(FinishReason::Stop),
+            Some(OutputKind::EndCancelled) => Event::End(FinishReason::Cancelled),
+            Some(OutputKind::EndNotANumber) => Event::End(FinishReason::NotANumber { position }),
+            None => return Err(Error::Fault(format!("an output of kind {}", output.kind))),
+        };
+        if matches!(event, Event::End(_)) {
+            self.is_busy[slot as usize] = false;
+        }
+        on_event(slot, event);
+        self.consume();
+        Ok(true)
+    }
+
+    fn read_logits(&mut self, output: &Output) -> Result<()> {
+        let offset = u64::from(output.value) * self.logits.len() as u64 * 4;
+        let address = self.header.heap + self.header.plan.logits + offset;
+        let mut bytes = vec![0; self.logits.len() * 4];
+        self.device.read(address, &mut bytes)?;
+        for (value, bytes) in self.logits.iter_mut().zip(bytes.as_chunks().0) {
+            *value = f32::from_ne_bytes(*bytes);
+        }
+        Ok(())
+    }
+
+    /// Runs one request to its end; `on_event` may break to cancel it.
+    ///
+    /// Errors: a request that does not fit the model, logits that are not numbers, a fault.
+    pub fn generate(
+        &mut self,
+        request: &Request<'_>,
+        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
+    ) -> Result<Completion> {
         let mut answer = Completion {
             ids: Vec::with_capacity(request.max_tokens as usize),
             finish_reason: FinishReason::Length,
-            submitted_ns: self.clock.elapsed().as_nanos() as u64,
+            submitted_ns: self.now_ns(),
             token_times_ns: Vec::with_capacity(request.max_tokens as usize),
         };
-        self.command(CommandKind::Start, params);
-        let mut is_cancelled = false;
-        loop {
-            let flow = match self.next_output()? {
-                None => {
-                    std::thread::sleep(POLL_SLEEP);
-                    if is_cancelled { ControlFlow::Continue(()) } else { on_event(Event::Idle) }
-                }
-                Some(output) => {
-                    let end = OutputKind::from_raw(output.kind);
-                    let end = end.filter(|k| !matches!(k, OutputKind::Token | OutputKind::Logits));
-                    let flow = if is_cancelled || end.is_some() {
-                        ControlFlow::Continue(())
-                    } else {
-                        self.report(&output, &mut answer, on_event)
-                    };
-                    self.consume();
-                    if let Some(end) = end {
-                        answer.finish_reason = finish_reason(end, output.position, is_cancelled)?;
-                        return Ok(answer);
+        let slot = self.submit(request)?;
+        let (mut is_cancelled, mut end, mut looks) = (false, None, 0u32);
+        while end.is_none() {
+            let mut flow = ControlFlow::Continue(());
+            let is_news = self.poll(&mut |_, event| match event {
+                Event::End(reason) => end = Some(reason),
+                _ if is_cancelled => {}
+                event => {
+                    if let Event::Token { id, time_ns } = event {
+                        answer.ids.push(id);
+                        answer.token_times_ns.push(time_ns);
                     }
-                    flow
+                    flow = on_event(event);
                 }
-            };
-            if flow.is_break() {
+            })?;
+            looks = if is_news { 0 } else { looks + 1 };
+            if !is_news && self.rest(looks) && !is_cancelled {
+                flow = on_event(Event::Idle);
+            }
+            if flow.is_break() && end.is_none() {
                 is_cancelled = true;
-                self.command(CommandKind::Cancel, params);
+                self.cancel(slot);
             }
         }
+        match end {
+            Some(FinishReason::NotANumber { position }) => {
+                let message = format!("the logits at position {position} are not numbers");
+                return Err(Error::Request(message));
+            }
+            Some(reason) if !is_cancelled => answer.finish_reason = reason,
+            _ => answer.finish_reason = FinishReason::Cancelled,
+        }
+        Ok(answer)
     }
 
-    /// Hands a token or a row of logits to the caller.
-    fn report(
-        &self,
-        output: &Output,
-        answer: &mut Completion,
-        on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
-    ) -> ControlFlow<()> {
-        if output.kind == OutputKind::Token as u32 {
-            answer.ids.push(output.value);
-            answer.token_times_ns.push(output.time_ns);
-            return on_event(Event::Token { id: output.value, time_ns: output.time_ns });
+    /// Lets time pass between looks at the mailbox; true when the caller should be asked.
+    fn rest(&self, looks: u32) -> bool {
+        if self.device.profile().host_spins {
+            std::hint::spin_loop();
+            return looks.is_multiple_of(LOOKS_PER_CHECK);
         }
-        let vocab = self.config.vocab_size as usize;
-        let offset = u64::from(output.value) * vocab as u64 * 4;
-        let row = self.heap::<f32>(self.header.plan.logits + offset, vocab);
-        on_event(Event::Logits { position: output.position, row: row.as_slice() })
+        std::thread::sleep(POLL_SLEEP);
+        true
     }
 
     /// Stops the workers and waits for their ends; no request can follow.
     fn shut_down(&mut self) {
         let stop = self.word(offset_of!(Mailbox, stop));
         // A fault stays a fault; the workers leave either way.
-        let _ = stop.compare_exchange(
-            StopWord::Run as u32,
-            StopWord::Shutdown as u32,
-            Ordering::Release,
-            Ordering::Relaxed,
-        );
-        for worker in self.workers.drain(..) {
-            // A worker that panicked has nothing more to say here.
-            let _ = worker.join();
-        }
+        let _ = stop.replace_release(StopWord::Run as u32, StopWord::Shutdown as u32);
+        self.device.join();
     }
 
     /// Ends the engine; the last traced tasks of each worker, in the order of time.
     pub fn into_trace(mut self) -> Vec<Vec<TraceRecord>> {
         self.shut_down();
-        let capacity = self.header.trace_capacity as usize;
-        let ring_bytes = (capacity * size_of::<TraceRecord>()) as u64;
-        let worker_idxs = 0..u64::from(self.header.worker_count);
-        let records = |worker_idx| {
-            // SAFETY: the ring lives as long as the engine, and the workers that wrote to it have
-            // been joined above.
-            let ring: Span<TraceRecord> =
-                unsafe { Span::new(self.header.trace + worker_idx * ring_bytes, capacity) };
-            let mut records: Vec<_> =
-                ring.as_slice().iter().filter(|record| record.epoch != 0).copied().collect();
-            records.sort_by_key(|record| record.started_ns);
-            records
-        };
-        worker_idxs.map(records).collect()
+        (0..self.header.worker_count).map(|worker_idx| self.trace_of(worker_idx)).collect()
     }
 }
 
@@ -499,14 +572,29 @@ impl Drop for Engine {
     }
 }
 
-fn finish_reason(end: OutputKind, position: u32, is_cancelled: bool) -> Result<FinishReason> {
-    Ok(match end {
-        OutputKind::EndNotANumber => {
-            let message = format!("the logits at position {position} are not numbers");
-            return Err(Error::Request(message));
-        }
-        _ if is_cancelled => FinishReason::Cancelled,
-        OutputKind::EndStop => FinishReason::Stop,
-        _ => FinishReason::Length,
+/// What lowering needs, from the model, the device and the user.
+fn lower_options(
+    config: &ModelConfig,
+    profile: &Profile,
+    options: &EngineOptions,
+    dtype: Dtype,
+) -> Result<LowerOptions> {
+    let worker_count = options.workers.unwrap_or(profile.worker_count).max(1);
+    if worker_count > profile.worker_count_max {
+        let limit = profile.worker_count_max;
+        return Err(Error::Usage(format!(
+            "--workers {worker_count}: {} has at most {limit}",
+            profile.name
+        )));
+    }
+    let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
+    Ok(LowerOptions {
+        worker_count,
+        slot_count: options.slots,
+        context_max: options.max_context.unwrap_or(context.min(CONTEXT_DEFAULT)),
+        step_tokens_max: options.step_tokens.min(profile.step_tokens_max),
+        format: format_of(dtype),
+        tile_bytes: profile.tile_bytes,
+        tile_rows_max: profile.tile_rows_max,
     })
 }

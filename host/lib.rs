@@ -2,6 +2,7 @@
 
 pub mod chat_template;
 pub mod cli;
+pub mod driver;
 pub mod engine;
 pub mod error;
 pub mod load;

@@ -42,6 +42,8 @@ pub struct LowerOptions {
     pub format: WeightFormat,
     /// Weight bytes of a linear task, about.
     pub tile_bytes: u64,
+    /// Rows of a linear task, over all its segments, at most.
+    pub tile_rows_max: u32,
 }
 
 /// A tensor the program reads.
@@ -198,7 +200,11 @@ impl<'a> Builder<'a> {
         let row_bytes = u64::from(args.in_dim) * args.format.value_bytes();
         let rows = parts.iter().map(|part| part.rows).max().unwrap_or(1);
         let all_bytes = parts.iter().map(|part| u64::from(part.rows)).sum::<u64>() * row_bytes;
-        let tiles = all_bytes.div_ceil(self.options.tile_bytes).max(u64::from(rows.div_ceil(512)));
+        let all_rows = parts.iter().map(|part| part.rows).sum::<u32>();
+        // Each segment of a tile may have a row more than its share.
+        let rows_max = self.options.tile_rows_max - parts.len() as u32;
+        let tiles = all_bytes.div_ceil(self.options.tile_bytes);
+        let tiles = tiles.max(u64::from(all_rows.div_ceil(rows_max)));
         let tile_count = (tiles as u32).next_multiple_of(self.options.worker_count).min(rows);
         self.prologue_count += 1;
         for tile in 0..tile_count {

@@ -19,7 +19,8 @@ pub mod queue;
 pub mod sample;
 pub mod sequence;
 pub mod task;
+pub mod tile;
 pub mod trace;
 
 /// Version of the layouts in this crate; the kernel refuses a header with another one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;

@@ -7,6 +7,7 @@
 //! | `output_tail`   | device | host   | release after the records; acquire before them        |
 //! | `output_head`   | host   | device | release after reading; acquire before reuse           |
 //! | `stop`          | both   | both   | release; a `StopWord`                                 |
+//! | `ready`         | device | host   | release after `clock_ns`; acquire before it           |
 //!
 //! All four indices count records from 0 and wrap modulo 2^32; a ring's slot is the index modulo its
 //! capacity. Each word is on a cache line of its own.
@@ -120,6 +121,10 @@ pub struct Mailbox {
     pub output_head: PaddedWord,
     /// A `StopWord`.
     pub stop: PaddedWord,
+    /// 1 once worker 0 runs and `clock_ns` is filled.
+    pub ready: PaddedWord,
+    /// The device's clock when worker 0 began.
+    pub clock_ns: u64,
     /// The ring of commands.
     pub commands: [Command; COMMAND_COUNT_MAX as usize],
     /// The ring of outputs.

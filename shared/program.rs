@@ -77,6 +77,18 @@ impl Dims {
         self.step_tokens_max as u64 * self.task_rows_max.next_multiple_of(16) as u64
     }
 
+    /// Where the weights of all tokens, `[vocab_size] u64`, are in the sampler's workspace.
+    #[inline]
+    pub const fn sample_weights_offset(&self) -> u64 {
+        align_up(self.vocab_size as u64 * 4)
+    }
+
+    /// Where the histogram, `[SAMPLE_BIN_COUNT] u64`, is in the sampler's workspace.
+    #[inline]
+    pub const fn sample_bins_offset(&self) -> u64 {
+        self.sample_weights_offset() + align_up(self.vocab_size as u64 * 8)
+    }
+
     /// Bytes of one worker's scratch.
     #[inline]
     pub const fn scratch_bytes(&self) -> u64 {
@@ -123,7 +135,8 @@ pub struct HeapPlan {
     pub intermediate: u64,
     /// `[tokens, vocab_size] f32`.
     pub logits: u64,
-    /// The sampler's workspace: `[vocab_size] f32`, then `[SAMPLE_BIN_COUNT] u64`.
+    /// The sampler's workspace: `[vocab_size] f32` logits after penalties, then what
+    /// `Dims::sample_weights_offset` and `Dims::sample_bins_offset` say.
     pub sample: u64,
     /// Event counters, `EVENT_STRIDE_BYTES` apart.
     pub events: u64,
@@ -158,7 +171,7 @@ impl HeapPlan {
             dims.split_idx(dims.step_tokens_max, 0, 0) * 4,
             tokens * dims.intermediate_dim as u64 * 4,
             tokens * dims.vocab_size as u64 * 4,
-            align_up(dims.vocab_size as u64 * 4) + SAMPLE_BIN_COUNT * 8,
+            dims.sample_bins_offset() + SAMPLE_BIN_COUNT * 8,
             event_count as u64 * EVENT_STRIDE_BYTES,
             worker_count as u64 * dims.scratch_bytes(),
             kv.value_count() * 4,
@@ -232,6 +245,10 @@ pub struct ProgramHeader {
     pub begin_event: u32,
     /// Records in each worker's trace ring, a power of two; 0 for no trace.
     pub trace_capacity: u32,
+    /// Pages of each block's ring; 0 on the CPU.
+    pub page_count: u32,
+    /// Keeps the addresses aligned.
+    pub reserved: u32,
     /// Time after which a wait inside a step is a fault.
     pub wait_ns_max: u64,
     /// Address of `[task_count] Task`.
@@ -242,8 +259,10 @@ pub struct ProgramHeader {
     pub queue_entries: u64,
     /// Address of the heap.
     pub heap: u64,
-    /// Address of the `Mailbox`.
+    /// Address of the `Mailbox`, in memory that the host reaches too.
     pub mailbox: u64,
+    /// Address of `[slot_count, context_max] u32`, in memory that the host reaches too: the prompts.
+    pub prompts: u64,
     /// Address of the `FaultRecord`.
     pub fault: u64,
     /// Address of `[worker_count, trace_capacity] TraceRecord`.
@@ -256,7 +275,7 @@ pub struct ProgramHeader {
 
 const _: () = assert!(size_of::<Dims>() == 64);
 const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
-const _: () = assert!(size_of::<ProgramHeader>() == 88 + 64 + 8 * (REGION_COUNT + 1));
+const _: () = assert!(size_of::<ProgramHeader>() == 104 + 64 + 8 * (REGION_COUNT + 1));
 
 #[cfg(test)]
 mod tests {

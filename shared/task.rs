@@ -157,6 +157,19 @@ impl Task {
     }
 }
 
+impl Task {
+    /// Segment `idx` of a linear task, without the others: on a GPU they are read where they are.
+    #[inline]
+    pub const fn segment(&self, idx: usize) -> Segment {
+        Segment {
+            weights: self.refs[3 + 2 * idx],
+            bias: self.refs[4 + 2 * idx],
+            row_count: self.words[4 + 2 * idx],
+            out_first: self.words[5 + 2 * idx],
+        }
+    }
+}
+
 /// Rows of one weight matrix that a linear task multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Segment {
@@ -261,11 +274,7 @@ impl LinearArgs {
             x: r[0],
             y: r[1],
             norm_weight: r[2],
-            segments: [
-                Segment { weights: r[3], bias: r[4], row_count: w[4], out_first: w[5] },
-                Segment { weights: r[5], bias: r[6], row_count: w[6], out_first: w[7] },
-                Segment { weights: r[7], bias: r[8], row_count: w[8], out_first: w[9] },
-            ],
+            segments: [task.segment(0), task.segment(1), task.segment(2)],
         }
     }
 

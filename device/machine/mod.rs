@@ -1,4 +1,192 @@
 //! The machine layer: the only place that touches raw memory, counters and vector arithmetic.
+//!
+//! `Machine` is what a worker can do. A worker is `lane_count` lanes that run the same code in step:
+//! one thread of the CPU machine is one lane, the computing warps of a GPU's block are 256. Methods
+//! marked *collective* are called by all lanes with the same arguments; they divide the work and
+//! leave its result visible to every lane, unless they say otherwise.
 
-pub mod cpu;
 pub mod memory;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod cpu;
+#[cfg(not(target_arch = "nvptx64"))]
+pub use cpu::counter::{CursorCounter, EventCounter, HostCounter, fence_acquire};
+
+#[cfg(target_arch = "nvptx64")]
+pub mod nvptx;
+#[cfg(target_arch = "nvptx64")]
+pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter, fence_acquire};
+
+use memory::Span;
+use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::task::{Task, WeightFormat};
+
+/// Rows of f32 values, `stride` apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// The values.
+    pub values: Span<f32>,
+    /// Values from one row to the next.
+    pub stride: usize,
+}
+
+impl Rows {
+    /// The first `len` values of row `row`.
+    #[inline(always)]
+    pub fn row(&self, row: usize, len: usize) -> Span<f32> {
+        self.values.sub(row * self.stride, len)
+    }
+}
+
+/// A vector to normalise, if it has a weight, and to rotate.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotation {
+    /// `[head_dim]`.
+    pub from: Span<f32>,
+    /// `[head_dim]`.
+    pub out: Span<f32>,
+    /// The norm's weight, `[head_dim]`; none for no norm.
+    pub norm: Option<Span<f32>>,
+    /// Cosines of the position, `[head_dim / 2]`.
+    pub cos: Span<f32>,
+    /// Sines of the position, `[head_dim / 2]`.
+    pub sin: Span<f32>,
+}
+
+/// One attention split: queries of heads that share keys, against consecutive positions.
+#[derive(Clone, Copy, Debug)]
+pub struct Split {
+    /// `[query_count, head_dim]`, rotated.
+    pub queries: Rows,
+    /// Query heads.
+    pub query_count: usize,
+    /// `[positions, head_dim]`.
+    pub keys: Span<f32>,
+    /// `[positions, head_dim]`.
+    pub values: Span<f32>,
+    /// Multiplies scores.
+    pub scale: f32,
+    /// For each query `[head_dim]` weighted values, the largest score, the sum of weights.
+    pub out: Rows,
+    /// Values of a key.
+    pub head_dim: usize,
+}
+
+/// What a worker can do.
+pub trait Machine {
+    /// Whether other workers may take tasks from this worker's queue.
+    const IS_STEALABLE: bool;
+
+    /// This lane's index among its worker's.
+    fn lane_idx(&self) -> usize;
+
+    /// Lanes of a worker.
+    fn lane_count(&self) -> usize;
+
+    /// Waits for all lanes of the worker; orders their accesses before and after.
+    fn sync(&self);
+
+    /// Collective: runs `job` on the leading lane and gives its result to all. What the job stored
+    /// is visible to all lanes.
+    fn lead(&self, job: impl FnOnce() -> u32) -> u32;
+
+    /// Nanoseconds on the device's clock.
+    fn now_ns(&self) -> u64;
+
+    /// A pause between two polls.
+    fn relax(&self);
+
+    /// Gives the core away while there is nothing to do; the more, the longer it has lasted.
+    fn idle(&self, looks: u32);
+
+    /// Requests a task's weights before its input is ready.
+    fn stage(&self, task: &Task);
+
+    /// Collective: `job(row, column)` for all of `row_count` times `column_count`, in any order;
+    /// the results are *not* visible to other lanes until `sync`.
+    #[inline(always)]
+    fn for_each(&self, row_count: usize, column_count: usize, mut job: impl FnMut(usize, usize)) {
+        if self.lane_count() == 1 {
+            for row in 0..row_count {
+                for column in 0..column_count {
+                    job(row, column);
+                }
+            }
+        } else {
+            // 32-bit arithmetic: a GPU has no other division.
+            let (columns, mut index) = (column_count as u32, self.lane_idx() as u32);
+            while index < row_count as u32 * columns {
+                let row = if row_count == 1 { 0 } else { index / columns };
+                job(row as usize, (index - row * columns) as usize);
+                index += self.lane_count() as u32;
+            }
+        }
+    }
+
+    /// Memory for `count` input rows of `dim` values; `heap` is this worker's share of the heap.
+    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows;
+
+    /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
+    fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;
+
+    /// Collective: `from` as input of `multiply`, copied to `to` if the machine wants it near.
+    /// `is_kept`: an earlier call with the same arguments has done so, and nobody has used `to`.
+    fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows;
+
+    /// Collective: `out[i] = weight * from(i) / sqrt(mean(from(i)^2) + eps)` for each row.
+    fn rms_norm(
+        &self,
+        from: impl Fn(usize) -> Span<f32>,
+        count: usize,
+        weight: Span<f32>,
+        eps: f32,
+        out: Rows,
+    );
+
+    /// Collective: products of all rows of a linear task's segments with `count` input rows.
+    ///
+    /// `out[token, row]` counts rows over the segments. The order of a product's additions depends on
+    /// `in_dim` alone. On machines that stage, this takes the task's pages.
+    fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows);
+
+    /// Collective: gives up a linear task's staged weights.
+    fn discard(&self, task: &Task);
+
+    /// Collective: `gate = silu(gate) * up` in rows.
+    fn silu_mul(&self, rows: Rows, count: usize, len: usize);
+
+    /// Collective: stores `count` rows of `len` products, or adds them to what is there; not yet
+    /// visible to other lanes.
+    fn store(
+        &self,
+        count: usize,
+        len: usize,
+        from: impl Fn(usize) -> Span<f32>,
+        out: impl Fn(usize) -> Span<f32>,
+        adds: bool,
+    );
+
+    /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,
+    /// into `out`, `[head_count * head_dim]`. `splits`
+    /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>);
+
+    /// Collective: half-split RoPE of `count` vectors, each after its norm.
+    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation);
+
+    /// Collective: attention of a split.
+    fn attend(&self, split: Split);
+
+    /// Collective: stored values `first..` of the table at `address`, widened into `out`.
+    fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>);
+
+    /// Collective: index of the largest value, the lowest on a tie; none if one is not a number or
+    /// none is finite.
+    fn argmax(&self, values: Span<f32>) -> Option<u32>;
+
+    /// Collective: adds up `amount` by bin over `0..len`; `bins` has 256 entries.
+    fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>);
+
+    /// `e^x`, within 2 units in the last place; 0 below -87.
+    fn exp(&self, x: f32) -> f32;
+}

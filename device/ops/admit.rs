@@ -3,99 +3,138 @@
 //! Order: commands are read after an acquire load of `command_tail`; the step is published to the
 //! other workers by the task's own signal.
 
-use std::mem::offset_of;
-use std::sync::atomic::Ordering;
+use core::mem::offset_of;
 
-use tilert_mk_shared::limits::COMMAND_COUNT_MAX;
-use tilert_mk_shared::limits::{OUTPUT_COUNT_MAX, STEP_TOKENS_MAX};
+use tilert_mk_shared::limits::{COMMAND_COUNT_MAX, OUTPUT_COUNT_MAX, STEP_TOKENS_MAX};
 use tilert_mk_shared::mailbox::{Command, CommandKind, Mailbox, OutputKind};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepState, StepToken, WANT_LOGITS};
 
+use crate::machine::Machine;
 use crate::machine::memory::Span;
 use crate::worker::{Stopped, Worker};
 
-pub(super) fn run(worker: &Worker) -> Result<(), Stopped> {
+/// What a look at the mailbox found.
+const NOTHING: u32 = 0;
+const COMMAND: u32 = 1;
+const STEP: u32 = 2;
+const STOP: u32 = 3;
+
+#[inline(always)]
+pub(super) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
     let mut looks = 0;
     loop {
-        read_commands(worker);
-        if has_room(worker) && compose(worker) {
-            return Ok(());
+        match worker.machine.lead(|| look(worker)) {
+            COMMAND => read_command(worker),
+            STEP => return Ok(()),
+            STOP => return Err(Stopped),
+            _ => {
+                looks += 1;
+                worker.machine.idle(looks);
+            }
         }
-        if worker.has_stopped() {
-            return Err(Stopped);
-        }
-        looks += 1;
-        worker.idle(looks);
     }
+}
+
+#[inline(always)]
+fn look<M: Machine>(worker: &Worker<M>) -> u32 {
+    let tail = worker.mailbox_word(offset_of!(Mailbox, command_tail)).load_acquire();
+    if worker.mailbox_word(offset_of!(Mailbox, command_head)).load_relaxed() != tail {
+        return COMMAND;
+    }
+    if has_room(worker) && compose(worker) {
+        return STEP;
+    }
+    if worker.has_stopped() { STOP } else { NOTHING }
 }
 
 /// Whether the outputs of one more step fit, and all rows of logits have been taken.
-fn has_room(worker: &Worker) -> bool {
-    let tail = worker.mailbox_word(offset_of!(Mailbox, output_tail)).load(Ordering::Relaxed);
-    let head = worker.mailbox_word(offset_of!(Mailbox, output_head)).load(Ordering::Acquire);
+#[inline(always)]
+fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
+    let tail = worker.mailbox_word(offset_of!(Mailbox, output_tail)).load_relaxed();
+    let head = worker.mailbox_word(offset_of!(Mailbox, output_head)).load_acquire();
     let pending = tail.wrapping_sub(head);
-    let wants_logits = super::sequences(worker)
-        .as_slice()
-        .iter()
-        .any(|state| state.is_active != 0 && state.params.flags & WANT_LOGITS != 0);
+    let mut wants_logits = false;
+    let states = super::sequences(worker);
+    for slot in 0..states.len() {
+        let state = states.get(slot);
+        wants_logits |= state.is_active != 0 && state.params.flags & WANT_LOGITS != 0;
+    }
     if wants_logits { pending == 0 } else { pending + 3 * STEP_TOKENS_MAX < OUTPUT_COUNT_MAX }
 }
 
-fn read_commands(worker: &Worker) {
-    let tail = worker.mailbox_word(offset_of!(Mailbox, command_tail)).load(Ordering::Acquire);
+/// Carries out the oldest command. Collective.
+#[inline(always)]
+fn read_command<M: Machine>(worker: &Worker<M>) {
     let head_word = worker.mailbox_word(offset_of!(Mailbox, command_head));
-    let mut head = head_word.load(Ordering::Relaxed);
-    while head != tail {
-        let ring = worker.header.mailbox + offset_of!(Mailbox, commands) as u64;
-        // SAFETY: the ring is part of the mailbox; the host filled the record before `tail`.
-        let commands: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
-        let command = commands.read((head % COMMAND_COUNT_MAX) as usize);
+    let head = worker.machine.lead(|| head_word.load_relaxed());
+    let ring = worker.header.mailbox + offset_of!(Mailbox, commands) as u64;
+    // SAFETY: the ring is part of the mailbox; the host filled the record before `command_tail`.
+    let commands: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
+    let command = commands.get((head % COMMAND_COUNT_MAX) as usize);
+    if command.kind == CommandKind::Start as u32 {
+        start(worker, command);
+    } else if worker.machine.lane_idx() == 0 {
         let states = super::sequences(worker);
-        let slot = command.slot as usize;
-        if command.kind == CommandKind::Start as u32 {
-            start(worker, command);
-        } else if states.read(slot).is_active != 0 {
-            let state = states.read(slot);
+        let state = states.get_mut(command.slot as usize);
+        if state.is_active != 0 {
             let kind = OutputKind::EndCancelled;
             super::sample::publish(worker, kind, command.slot, state.position, 0);
-            states.as_mut_slice()[slot].is_active = 0;
+            state.is_active = 0;
         }
-        head = head.wrapping_add(1);
-        head_word.store(head, Ordering::Release);
+    }
+    worker.machine.sync();
+    if worker.machine.lane_idx() == 0 {
+        head_word.store_release(head.wrapping_add(1));
     }
 }
 
-fn start(worker: &Worker, command: Command) {
-    let params = command.params;
-    let state = SequenceState {
-        params,
-        is_active: 1,
-        position: 0,
-        token_count: params.prompt_count,
-        generated_count: 0,
-    };
-    super::sequences(worker).write(command.slot as usize, state);
-    if params.sampling.has_penalty() {
-        let marks = super::marks(worker, command.slot);
-        marks.as_mut_slice().fill(0);
-        for token in &super::tokens(worker, command.slot).as_slice()[..params.prompt_count as usize]
-        {
-            marks.write(*token as usize, super::sample::IN_PROMPT);
+#[inline(always)]
+fn start<M: Machine>(worker: &Worker<M>, command: &Command) {
+    let (slot, count) = (command.slot, command.params.prompt_count as usize);
+    let context = worker.header.dims.kv.context_max as usize;
+    let address = worker.header.prompts + u64::from(slot) * context as u64 * 4;
+    // SAFETY: the slot's row of the prompts, which the host filled before `command_tail`.
+    let prompt: Span<u32> = unsafe { Span::new(address, context) };
+    let tokens = super::tokens(worker, slot);
+    worker.machine.for_each(1, count, |_, position| {
+        tokens.write(position, prompt.read(position));
+    });
+    let has_penalty = command.params.sampling.has_penalty();
+    let marks = super::marks(worker, slot);
+    if has_penalty {
+        worker.machine.for_each(1, marks.len(), |_, token| marks.write(token, 0));
+    }
+    worker.machine.sync();
+    if worker.machine.lane_idx() != 0 {
+        return;
+    }
+    if has_penalty {
+        for position in 0..count {
+            marks.write(tokens.read(position) as usize, super::sample::IN_PROMPT);
         }
     }
+    let states = super::sequences(worker);
+    let state = states.get_mut(slot as usize);
+    state.params = command.params;
+    state.position = 0;
+    state.token_count = count as u32;
+    state.generated_count = 0;
+    state.is_active = 1;
 }
 
-/// Composes a step of all active sequences; false if there are none.
-fn compose(worker: &Worker) -> bool {
+/// Composes a step of all active sequences; false if there are none. For the leader.
+#[inline(always)]
+fn compose<M: Machine>(worker: &Worker<M>) -> bool {
     let step_view = super::step(worker);
-    let step = &mut step_view.as_mut_slice()[0];
+    let step = step_view.get_mut(0);
     let states = super::sequences(worker);
     let limit = worker.header.dims.step_tokens_max;
     step.token_count = 0;
     step.logit_count = 0;
     // One token of each decoding sequence first, then as much of the prompts as fits.
     for is_prefill in [false, true] {
-        for (slot, state) in states.as_slice().iter().enumerate() {
+        for slot in 0..states.len() {
+            let state = states.get(slot);
             let pending = state.token_count - state.position.min(state.token_count);
             if state.is_active != 0 && (pending > 1) == is_prefill {
                 let count = pending.min(limit - step.token_count);
@@ -106,7 +145,14 @@ fn compose(worker: &Worker) -> bool {
     step.token_count > 0
 }
 
-fn append(worker: &Worker, step: &mut StepState, slot: u32, state: &SequenceState, count: u32) {
+#[inline(always)]
+fn append<M: Machine>(
+    worker: &Worker<M>,
+    step: &mut StepState,
+    slot: u32,
+    state: &SequenceState,
+    count: u32,
+) {
     let tokens = super::tokens(worker, slot);
     for position in state.position..state.position + count {
         let is_last = position + 1 == state.token_count;

@@ -1,4 +1,4 @@
-//! The ops: what each opcode does.
+//! The ops: what each opcode does, in code that all lanes of a worker run together.
 
 mod admit;
 mod attention;
@@ -6,13 +6,19 @@ mod embed;
 mod linear;
 mod sample;
 
+use crate::machine::Machine;
 use crate::machine::memory::Span;
 use crate::worker::{Claim, Stopped, Worker};
 use tilert_mk_shared::sequence::{SequenceState, StepState};
 use tilert_mk_shared::task::Opcode;
 
-/// Runs a claimed task whose input is ready.
-pub fn run(opcode: Opcode, worker: &mut Worker, claim: &Claim) -> Result<(), Stopped> {
+/// Runs a claimed task whose input is ready. Collective.
+#[inline(always)]
+pub fn run<M: Machine>(
+    opcode: Opcode,
+    worker: &Worker<M>,
+    claim: &Claim,
+) -> Result<(), Stopped> {
     match opcode {
         Opcode::Empty => {}
         Opcode::Admit => admit::run(worker)?,
@@ -25,38 +31,44 @@ pub fn run(opcode: Opcode, worker: &mut Worker, claim: &Claim) -> Result<(), Sto
 }
 
 /// The step's description.
-fn step(worker: &Worker) -> Span<StepState> {
+#[inline(always)]
+fn step<M: Machine>(worker: &Worker<M>) -> Span<StepState> {
     worker.heap(worker.header.plan.step, 1)
 }
 
 /// The slots' states.
-fn sequences(worker: &Worker) -> Span<SequenceState> {
+#[inline(always)]
+fn sequences<M: Machine>(worker: &Worker<M>) -> Span<SequenceState> {
     worker.heap(worker.header.plan.sequences, worker.header.dims.kv.slot_count.into())
 }
 
 /// The tokens of one slot's sequence.
-fn tokens(worker: &Worker, slot: u32) -> Span<u32> {
+#[inline(always)]
+fn tokens<M: Machine>(worker: &Worker<M>, slot: u32) -> Span<u32> {
     let context = u64::from(worker.header.dims.kv.context_max);
     let offset = worker.header.plan.tokens + u64::from(slot) * context * 4;
     worker.heap(offset, context)
 }
 
 /// The vocabulary marks of one slot.
-fn marks(worker: &Worker, slot: u32) -> Span<u32> {
+#[inline(always)]
+fn marks<M: Machine>(worker: &Worker<M>, slot: u32) -> Span<u32> {
     let vocab = u64::from(worker.header.dims.vocab_size);
     let offset = worker.header.plan.token_marks + u64::from(slot) * vocab * 4;
     worker.heap(offset, vocab)
 }
 
-/// This worker's scratch for input rows.
-fn scratch_input(worker: &Worker) -> Span<f32> {
+/// This worker's share of the heap for input rows.
+#[inline(always)]
+fn scratch_input<M: Machine>(worker: &Worker<M>) -> Span<f32> {
     let dims = &worker.header.dims;
     let offset = worker.header.plan.scratch + u64::from(worker.worker_idx) * dims.scratch_bytes();
     worker.heap(offset, dims.scratch_input_values())
 }
 
-/// This worker's scratch for products.
-fn scratch_output(worker: &Worker) -> Span<f32> {
+/// This worker's share of the heap for products.
+#[inline(always)]
+fn scratch_output<M: Machine>(worker: &Worker<M>) -> Span<f32> {
     let dims = &worker.header.dims;
     let offset = worker.header.plan.scratch
         + u64::from(worker.worker_idx) * dims.scratch_bytes()

@@ -1,17 +1,19 @@
 //! Sampling: chooses next tokens from logits, moves sequences on, and publishes outputs.
 //!
 //! Probabilities are integers: `exp(logit - max)` times 2^40, rounded down. Their sums do not depend
-//! on an order, so a token is chosen the same way however the work is divided.
+//! on an order, so a token is chosen the same way however the work is divided. Filters keep the
+//! largest weights, those of equal tokens in the order of their indices; what they keep is found by
+//! histograms of the weights' digits, without sorting.
 
-use std::mem::offset_of;
-use std::sync::atomic::Ordering;
+use core::mem::offset_of;
 
 use tilert_mk_shared::limits::OUTPUT_COUNT_MAX;
 use tilert_mk_shared::mailbox::{Mailbox, Output, OutputKind};
+use tilert_mk_shared::program::SAMPLE_BIN_COUNT;
 use tilert_mk_shared::sample::{SamplingParams, random_bits};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepToken, WANT_LOGITS};
 
-use crate::machine::cpu::exp;
+use crate::machine::Machine;
 use crate::machine::memory::Span;
 use crate::worker::Worker;
 
@@ -19,40 +21,61 @@ use crate::worker::Worker;
 pub(super) const IN_PROMPT: u32 = 1 << 31;
 /// One, as an integer probability.
 const ONE: f32 = (1u64 << 40) as f32;
+/// Digits of a weight, of 8 bits: the largest is 2^40.
+const DIGIT_COUNT: u32 = 6;
+/// No token: a logit is not a number.
+const NO_TOKEN: u32 = u32::MAX;
 
-pub(super) fn run(worker: &Worker) {
+#[inline(always)]
+pub(super) fn run<M: Machine>(worker: &Worker<M>) {
     let step_view = super::step(worker);
-    let step = &step_view.as_slice()[0];
+    let step = step_view.get(0);
     let states = super::sequences(worker);
-    for token in &step.tokens[..step.token_count as usize] {
-        let state = &mut states.as_mut_slice()[token.slot as usize];
-        state.position = token.position + 1;
-        if token.logit_row == NO_LOGITS {
-            continue;
+    for token_idx in 0..step.token_count as usize {
+        let token = &step.tokens[token_idx];
+        let slot = token.slot as usize;
+        let is_next =
+            token.logit_row != NO_LOGITS && token.position + 1 == states.get(slot).token_count;
+        let next = if is_next { choose(worker, token, states.get(slot)) } else { NO_TOKEN };
+        worker.machine.sync();
+        if worker.machine.lane_idx() == 0 {
+            let state = states.get_mut(slot);
+            state.position = token.position + 1;
+            if token.logit_row != NO_LOGITS && state.params.flags & WANT_LOGITS != 0 {
+                publish(worker, OutputKind::Logits, token.slot, token.position, token.logit_row);
+            }
+            if is_next {
+                advance(worker, token, state, next);
+            }
         }
-        if state.params.flags & WANT_LOGITS != 0 {
-            publish(worker, OutputKind::Logits, token.slot, token.position, token.logit_row);
-        }
-        if state.position == state.token_count {
-            advance(worker, token, state);
-        }
+        worker.machine.sync();
     }
 }
 
-fn advance(worker: &Worker, token: &StepToken, state: &mut SequenceState) {
+/// Takes `next` as the sequence's next token. For the leader.
+#[inline(always)]
+fn advance<M: Machine>(
+    worker: &Worker<M>,
+    token: &StepToken,
+    state: &mut SequenceState,
+    next: u32,
+) {
     let report = |kind, value| publish(worker, kind, token.slot, token.position, value);
-    let Some(next) = choose(worker, token, state) else {
+    if next == NO_TOKEN {
         state.is_active = 0;
         return report(OutputKind::EndNotANumber, 0);
-    };
+    }
     if state.params.sampling.has_penalty() {
         let marks = super::marks(worker, token.slot);
         marks.write(next as usize, marks.read(next as usize) + 1);
     }
     state.generated_count += 1;
+    let mut is_stop = false;
+    for idx in 0..state.params.stop_id_count as usize {
+        is_stop |= state.params.stop_ids[idx] == next;
+    }
     report(OutputKind::Token, next);
-    let stop_ids = &state.params.stop_ids[..state.params.stop_id_count as usize];
-    if stop_ids.contains(&next) {
+    if is_stop {
         state.is_active = 0;
         report(OutputKind::EndStop, 0);
     } else if state.generated_count == state.params.generate_max {
@@ -64,110 +87,200 @@ fn advance(worker: &Worker, token: &StepToken, state: &mut SequenceState) {
     }
 }
 
-/// The next token, or none if a logit is not a number.
-fn choose(worker: &Worker, token: &StepToken, state: &SequenceState) -> Option<u32> {
+/// The next token, or `NO_TOKEN` if a logit is not a number. Collective.
+#[inline(always)]
+fn choose<M: Machine>(worker: &Worker<M>, token: &StepToken, state: &SequenceState) -> u32 {
     let vocab = u64::from(worker.header.dims.vocab_size);
     let offset = worker.header.plan.logits + u64::from(token.logit_row) * vocab * 4;
-    let logits = worker.heap::<f32>(offset, vocab);
+    let mut logits = worker.heap::<f32>(offset, vocab);
     let params = &state.params.sampling;
-    let work = if params.has_penalty() {
-        let work = worker.heap::<f32>(worker.header.plan.sample, vocab);
-        penalise(params, logits, super::marks(worker, token.slot), work);
-        work
-    } else {
-        logits
-    };
-    let best = argmax(work.as_slice())?;
-    if params.temperature == 0.0 {
-        return Some(best);
+    if params.has_penalty() {
+        let out = worker.heap::<f32>(worker.header.plan.sample, vocab);
+        let marks = super::marks(worker, token.slot);
+        worker.machine.for_each(1, vocab as usize, |_, index| {
+            out.write(index, penalised(params, logits.read(index), marks.read(index)));
+        });
+        worker.machine.sync();
+        logits = out;
     }
-    Some(draw(worker, params, work.as_slice(), best, state.generated_count))
-}
-
-fn argmax(logits: &[f32]) -> Option<u32> {
-    let (mut best, mut largest) = (0, f32::NEG_INFINITY);
-    for (index, value) in logits.iter().enumerate() {
-        if value.is_nan() {
-            return None;
-        }
-        if *value > largest {
-            (best, largest) = (index, *value);
-        }
-    }
-    largest.is_finite().then_some(best as u32)
-}
-
-fn penalise(params: &SamplingParams, logits: Span<f32>, marks: Span<u32>, out: Span<f32>) {
-    let sources = logits.as_slice().iter().zip(marks.as_slice());
-    for (out, (logit, mark)) in out.as_mut_slice().iter_mut().zip(sources) {
-        let mut value = *logit;
-        if *mark != 0 {
-            let repetition = params.repetition_penalty;
-            value = if value > 0.0 { value / repetition } else { value * repetition };
-        }
-        let count = mark & !IN_PROMPT;
-        if count > 0 {
-            value -= params.frequency_penalty * count as f32 + params.presence_penalty;
-        }
-        *out = value;
+    match worker.machine.argmax(logits) {
+        None => NO_TOKEN,
+        Some(best) if params.temperature == 0.0 => best,
+        Some(best) => draw(worker, params, logits, best, state.generated_count),
     }
 }
 
-/// Draws from the filtered distribution. Equal logits stand in the order of their indices.
-fn draw(worker: &Worker, p: &SamplingParams, logits: &[f32], best: u32, counter: u32) -> u32 {
-    let largest = logits[best as usize];
-    let weigh = |logit: f32| (exp(worker.isa, (logit - largest) / p.temperature) * ONE) as u64;
-    let mut ordered: Vec<(u64, u32)> =
-        logits.iter().enumerate().map(|(index, logit)| (weigh(*logit), index as u32)).collect();
-    ordered.retain(|(weight, _)| *weight > 0);
-    if p.top_k > 0 || p.top_p < 1.0 {
-        ordered.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
-        if p.top_k > 0 {
-            ordered.truncate(p.top_k as usize);
-        }
-        keep_nucleus(&mut ordered, p.top_p);
+#[inline(always)]
+fn penalised(params: &SamplingParams, logit: f32, mark: u32) -> f32 {
+    let mut value = logit;
+    if mark != 0 {
+        let repetition = params.repetition_penalty;
+        value = if value > 0.0 { value / repetition } else { value * repetition };
     }
-    let floor = (p.min_p * ONE) as u64;
-    ordered.retain(|(weight, _)| *weight >= floor);
-    let total: u64 = ordered.iter().map(|(weight, _)| weight).sum();
-    let random = random_bits(p.seed, u64::from(counter));
-    let mut left = ((u128::from(random) * u128::from(total)) >> 64) as u64;
-    for (weight, index) in ordered {
-        if left < weight {
-            return index;
-        }
-        left -= weight;
+    let count = mark & !IN_PROMPT;
+    if count > 0 {
+        value -= params.frequency_penalty * count as f32 + params.presence_penalty;
     }
-    best
+    value
 }
 
-fn keep_nucleus(ordered: &mut Vec<(u64, u32)>, top_p: f32) {
-    if top_p >= 1.0 {
-        return;
+/// The weights of all tokens, and what the filters have kept of them so far: weights above
+/// `threshold`, and those equal to it up to the index `tie_last`.
+#[derive(Clone, Copy)]
+struct Kept {
+    weights: Span<u64>,
+    bins: Span<u64>,
+    threshold: u64,
+    tie_last: usize,
+}
+
+impl Kept {
+    #[inline(always)]
+    fn weight(&self, index: usize) -> u64 {
+        let weight = self.weights.read(index);
+        let is_kept =
+            weight > self.threshold || (weight == self.threshold && index <= self.tie_last);
+        if is_kept { weight } else { 0 }
     }
-    let total: u64 = ordered.iter().map(|(weight, _)| weight).sum();
-    let wanted = (total as f64 * f64::from(top_p)) as u64;
-    let mut sum = 0;
-    let count = ordered.iter().take_while(|(weight, _)| {
-        let is_kept = sum < wanted.max(1);
-        sum += weight;
-        is_kept
+
+    /// Keeps the largest weights until their amounts, `amount(weight)`, exceed `left`. Collective.
+    #[inline(always)]
+    fn keep<M: Machine>(&mut self, machine: &M, mut left: u64, amount: impl Fn(u64) -> u64) {
+        let len = self.weights.len();
+        let old = *self;
+        let mut prefix = 0;
+        for digit in (0..DIGIT_COUNT).rev() {
+            let shift = digit * 8;
+            machine.histogram(len, self.bins, |index| {
+                let weight = old.weight(index);
+                let is_inside = weight > 0 && weight >> (shift + 8) == prefix >> 8 >> shift;
+                is_inside.then(|| ((weight >> shift) as usize & 255, amount(weight)))
+            });
+            let (bin, rest) = walk(self.bins, true, left);
+            prefix |= (bin as u64) << shift;
+            left = rest;
+            machine.sync();
+        }
+        // `left` is now what the tokens of the weight `prefix` must cover, in the order of indices.
+        let ties = left / amount(prefix).max(1);
+        self.tie_last = find(machine, self.bins, len, ties, |index| {
+            u64::from(old.weight(index) == prefix)
+        });
+        self.threshold = prefix;
+    }
+}
+
+/// Walks the bins, up or down, while `left` covers them; the bin that it does not cover, and what is
+/// left there.
+#[inline(always)]
+fn walk(bins: Span<u64>, is_descending: bool, mut left: u64) -> (usize, u64) {
+    let last = SAMPLE_BIN_COUNT as usize - 1;
+    for step in 0..last {
+        let bin = if is_descending { last - step } else { step };
+        let amount = bins.read(bin);
+        if left < amount {
+            return (bin, left);
+        }
+        left -= amount;
+    }
+    (if is_descending { 0 } else { last }, left)
+}
+
+/// The first index at which the amounts of `0..=index` exceed `left`. Collective.
+#[inline(always)]
+fn find<M: Machine>(
+    machine: &M,
+    bins: Span<u64>,
+    len: usize,
+    mut left: u64,
+    amount: impl Fn(usize) -> u64,
+) -> usize {
+    let (mut first, mut width) = (0, len.next_power_of_two());
+    while width > 1 {
+        let part = width.div_ceil(SAMPLE_BIN_COUNT as usize);
+        machine.histogram(width.min(len - first), bins, |index| {
+            Some((index / part, amount(first + index)))
+        });
+        let (bin, rest) = walk(bins, false, left);
+        (first, width, left) = ((first + bin * part).min(len - 1), part, rest);
+        machine.sync();
+    }
+    first
+}
+
+/// Draws from the filtered distribution. Collective.
+#[inline(always)]
+fn draw<M: Machine>(
+    worker: &Worker<M>,
+    params: &SamplingParams,
+    logits: Span<f32>,
+    best: u32,
+    counter: u32,
+) -> u32 {
+    let (dims, machine) = (&worker.header.dims, worker.machine);
+    let vocab = u64::from(dims.vocab_size);
+    let region = worker.header.plan.sample;
+    let weights = worker.heap::<u64>(region + dims.sample_weights_offset(), vocab);
+    let bins = worker.heap::<u64>(region + dims.sample_bins_offset(), SAMPLE_BIN_COUNT);
+    let largest = logits.read(best as usize);
+    let floor = ((params.min_p * ONE) as u64).max(1);
+    machine.for_each(1, vocab as usize, |_, index| {
+        let scaled = (logits.read(index) - largest) / params.temperature;
+        weights.write(index, (machine.exp(scaled) * ONE) as u64);
     });
-    let count = count.count();
-    ordered.truncate(count);
+    machine.sync();
+    let mut kept = Kept { weights, bins, threshold: 0, tie_last: vocab as usize };
+    if params.top_k > 0 {
+        kept.keep(machine, u64::from(params.top_k) - 1, |_| 1);
+    }
+    if params.top_p < 1.0 {
+        let total = sum(machine, bins, vocab as usize, |index| kept.weight(index));
+        let wanted = (total as f64 * f64::from(params.top_p)) as u64;
+        kept.keep(machine, wanted.max(1) - 1, |weight| weight);
+    }
+    let weight = |index: usize| {
+        let weight = kept.weight(index);
+        if weight >= floor { weight } else { 0 }
+    };
+    let total = sum(machine, bins, vocab as usize, weight);
+    let random = random_bits(params.seed, u64::from(counter));
+    let left = ((u128::from(random) * u128::from(total)) >> 64) as u64;
+    find(machine, bins, vocab as usize, left, weight) as u32
 }
 
-/// Publishes a record about a slot.
+/// The sum of amounts. Collective.
+#[inline(always)]
+fn sum<M: Machine>(
+    machine: &M,
+    bins: Span<u64>,
+    len: usize,
+    amount: impl Fn(usize) -> u64,
+) -> u64 {
+    machine.histogram(len, bins, |index| Some((0, amount(index))));
+    let total = bins.read(0);
+    machine.sync();
+    total
+}
+
+/// Publishes a record about a slot. For the leader.
 ///
 /// Order: the record is stored before the release store of `output_tail`. `Admit` has made sure of
 /// the room.
-pub(super) fn publish(worker: &Worker, kind: OutputKind, slot: u32, position: u32, value: u32) {
-    let output = Output { kind: kind as u32, slot, position, value, time_ns: worker.now_ns() };
+#[inline(always)]
+pub(super) fn publish<M: Machine>(
+    worker: &Worker<M>,
+    kind: OutputKind,
+    slot: u32,
+    position: u32,
+    value: u32,
+) {
+    let time_ns = worker.machine.now_ns();
+    let output = Output { kind: kind as u32, slot, position, value, time_ns };
     let ring = worker.header.mailbox + offset_of!(Mailbox, outputs) as u64;
     // SAFETY: the ring is part of the mailbox; the host does not read records past `output_tail`.
     let outputs: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };
     let tail_word = worker.mailbox_word(offset_of!(Mailbox, output_tail));
-    let tail = tail_word.load(Ordering::Relaxed);
+    let tail = tail_word.load_relaxed();
     outputs.write((tail % OUTPUT_COUNT_MAX) as usize, output);
-    tail_word.store(tail.wrapping_add(1), Ordering::Release);
+    tail_word.store_release(tail.wrapping_add(1));
 }

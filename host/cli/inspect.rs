@@ -20,7 +20,7 @@ pub(super) struct InspectArgs {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
     /// Device, for example `cpu`.
-    pub device: &'static str,
+    pub device: String,
     /// Workers of the device.
     pub workers: u32,
     /// Weights of the model, each counted once.
@@ -146,7 +146,7 @@ mod tests {
 
     fn summary() -> Summary {
         Summary {
-            device: "cpu",
+            device: "cpu".into(),
             workers: 2,
             parameters: 1_488_896,
             weight_bytes: 2_977_792,

@@ -60,7 +60,7 @@ struct ModelArgs {
     /// Device that runs the model.
     #[arg(long, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
-    /// Workers, a thread each [default: one per core].
+    /// Workers: threads of the CPU, blocks of a GPU [default: one per core or multiprocessor].
     #[arg(long, value_name = "N", value_parser = worker_count)]
     workers: Option<u32>,
     /// Positions of the KV cache [default: the model's, at most 4096].
@@ -89,7 +89,6 @@ impl ModelArgs {
     /// Options for one sequence; the caller overrides what it knows better.
     fn engine_options(&self) -> EngineOptions {
         EngineOptions {
-            device: self.device,
             workers: self.workers,
             max_context: self.max_context,
             slots: 1,
@@ -110,7 +109,8 @@ impl ModelArgs {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        let engine = Engine::open(self.source(), options, &mut |done_bytes, total_bytes| {
+        let device = self.device.open()?;
+        let engine = Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
             bar.set_length(total_bytes);
             bar.set_position(done_bytes);
         });

@@ -114,7 +114,7 @@ impl Progress<'_, '_> {
                 }
                 Ok(ControlFlow::Continue(()))
             }
-            Event::Idle => Ok(ControlFlow::Continue(())),
+            Event::End(_) | Event::Idle => Ok(ControlFlow::Continue(())),
         }
     }
 
@@ -206,7 +206,7 @@ struct JsonAnswer<'a> {
     ttft_us: Option<f64>,
     tpot_us: TpotUs,
     tokens_per_second: Option<f64>,
-    device: &'static str,
+    device: &'a str,
     workers: u32,
     seed: u64,
 }

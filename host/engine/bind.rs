@@ -1,23 +1,36 @@
 //! Binding: a checkpoint's tensors become the addresses in a program's tasks.
 
-use memmap2::{Advice, MmapMut};
 use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{Program, TENSOR_SHIFT};
 use tilert_mk_model::weights::{Dtype, WeightSource};
+use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{Task, WeightFormat};
 
 use super::{LoadMode, ModelSource};
+use crate::driver::Device;
 use crate::error::{Error, Result};
 use crate::load::{Checkpoint, copied};
 
-/// Zeroed memory, in huge pages where the system has them.
-pub(super) fn anonymous(bytes: u64) -> Result<MmapMut> {
-    let map = MmapMut::map_anon(bytes.max(4096) as usize)
-        .map_err(|error| Error::Device(format!("{bytes} bytes of memory: {error}")))?;
-    // A hint: without huge pages everything works, a little slower.
-    let _ = map.advise(Advice::HugePage);
-    Ok(map)
+/// The bytes of values without padding.
+pub(super) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: the values are initialised, and `Plain` types have no padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
+
+/// A type whose bytes are all its values: no padding.
+///
+/// # Safety
+/// The type has no padding.
+pub(super) unsafe trait Plain {}
+
+// SAFETY: words.
+unsafe impl Plain for u32 {}
+// SAFETY: words.
+unsafe impl Plain for f32 {}
+// SAFETY: two words.
+unsafe impl Plain for QueueSpan {}
+// SAFETY: its fields fill its 128 bytes: 2 * 2 + 3 * 4 + 10 * 4 + 9 * 8.
+unsafe impl Plain for Task {}
 
 pub(super) fn open_checkpoint(source: &ModelSource<'_>) -> Result<Checkpoint> {
     match source {
@@ -75,6 +88,7 @@ pub(super) fn format_of(weights: Dtype) -> WeightFormat {
 pub(super) fn bind(
     program: &Program,
     weights: &dyn WeightSource,
+    device: &mut dyn Device,
     vectors: &mut Vec<Vec<f32>>,
     dtype: Dtype,
 ) -> Result<Vec<Task>> {
@@ -85,10 +99,10 @@ pub(super) fn bind(
             .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
         if tensor.shape.len() == 1 {
             let values = view.to_f32();
-            bases.push(values.as_ptr() as u64);
+            bases.push(device.place(bytes_of(&values))?);
             vectors.push(values);
         } else if view.dtype == dtype {
-            bases.push(view.data.as_ptr() as u64);
+            bases.push(device.place(view.data)?);
         } else {
             return Err(Error::Request(format!(
                 "the tensor {} is {}, but the embedding is {}; matrices must have one type",

@@ -6,8 +6,8 @@ use tilert_mk_model::lower::Program;
 use tilert_mk_shared::task::{LinearArgs, Opcode};
 
 use super::Engine;
-use super::bind::anonymous;
 use crate::cli::Summary;
+use crate::driver::cpu::anonymous;
 use crate::error::Result;
 
 impl Summary {
@@ -18,12 +18,12 @@ impl Summary {
         let weight_bytes = program
             .tensors
             .iter()
-            .filter_map(|t| engine._weights.tensor(&t.name))
+            .filter_map(|t| engine.weights.tensor(&t.name))
             .map(|view| view.data.len() as u64)
             .sum();
         let regions = program.plan.regions();
         Ok(Self {
-            device: engine.device_name(),
+            device: engine.device_name().to_owned(),
             workers: engine.worker_count(),
             parameters,
             weight_bytes,
@@ -33,7 +33,11 @@ impl Summary {
             stage_count: program.stage_count,
             context_max: engine.context_max(),
             heap_regions: regions.windows(2).map(|w| (w[0].0, w[1].1 - w[0].1)).collect(),
-            read_bytes_per_second: read_bandwidth(engine.worker_count())?,
+            read_bytes_per_second: if engine.device_name() == "cpu" {
+                read_bandwidth(engine.worker_count())?
+            } else {
+                0.0
+            },
         })
     }
 }
@@ -41,7 +45,7 @@ impl Summary {
 /// Bytes a second that `thread_count` threads read together, the best of three passes.
 fn read_bandwidth(thread_count: u32) -> Result<f64> {
     const PROBE_BYTES: u64 = 256 << 20;
-    let mut map = anonymous(PROBE_BYTES * u64::from(thread_count))?;
+    let mut map = anonymous("the bandwidth probe", PROBE_BYTES * u64::from(thread_count))?;
     map.fill(1);
     let mut best = 0.0f64;
     for _ in 0..3 {

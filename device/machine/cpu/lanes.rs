@@ -1,6 +1,7 @@
 //! The bodies of the tile primitives, over 16 lanes that the compiler maps to vectors.
 
-use super::{Matrix, Rows};
+use super::Matrix;
+use crate::machine::Rows;
 use crate::machine::memory::Span;
 use half::f16;
 use tilert_mk_shared::task::WeightFormat;

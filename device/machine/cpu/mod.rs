@@ -4,11 +4,12 @@
 //! All sums run over 16 lanes with fused multiply-adds and are folded in one order, so the three
 //! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
 
+pub mod counter;
 mod lanes;
+pub mod thread;
 
+use super::Rows;
 use tilert_mk_shared::task::WeightFormat;
-
-use crate::machine::memory::Span;
 
 /// Instruction sets that the primitives are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl Isa {
 macro_rules! primitive {
     ($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:path) => {
         $(#[$doc])*
-        pub fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
+        fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
@@ -85,15 +86,6 @@ pub struct Matrix {
     pub row_count: usize,
     /// Values in a row; a multiple of 8.
     pub in_dim: usize,
-}
-
-/// Rows of f32 values, `stride` apart.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows {
-    /// The values.
-    pub values: Span<f32>,
-    /// Values from one row to the next.
-    pub stride: usize,
 }
 
 primitive! {

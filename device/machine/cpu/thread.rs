@@ -1,0 +1,240 @@
+//! A worker of the CPU machine: one thread, one lane.
+
+use std::time::{Duration, Instant};
+
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
+
+use super::{Isa, Matrix};
+use crate::machine::memory::Span;
+use crate::machine::{Machine, Rotation, Rows, Split};
+
+/// Looks after which an idle worker sleeps between looks.
+const IDLE_LOOKS_MAX: u32 = 200;
+/// How long it sleeps.
+const IDLE_SLEEP: Duration = Duration::from_micros(50);
+/// Bytes of a task's weights that are requested before its input is ready.
+const STAGE_BYTES: u64 = 4096;
+
+/// One thread.
+#[derive(Clone, Copy, Debug)]
+pub struct Thread {
+    /// Instruction set of the primitives.
+    pub isa: Isa,
+    /// Zero of the device's clock.
+    pub clock: Instant,
+}
+
+impl Machine for Thread {
+    const IS_STEALABLE: bool = true;
+
+    #[inline(always)]
+    fn lane_idx(&self) -> usize {
+        0
+    }
+
+    #[inline(always)]
+    fn lane_count(&self) -> usize {
+        1
+    }
+
+    #[inline(always)]
+    fn sync(&self) {}
+
+    #[inline(always)]
+    fn lead(&self, job: impl FnOnce() -> u32) -> u32 {
+        job()
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.clock.elapsed().as_nanos() as u64
+    }
+
+    #[inline(always)]
+    fn relax(&self) {
+        std::hint::spin_loop();
+    }
+
+    fn idle(&self, looks: u32) {
+        if looks > IDLE_LOOKS_MAX {
+            std::thread::sleep(IDLE_SLEEP);
+        } else {
+            std::thread::yield_now();
+        }
+    }
+
+    fn stage(&self, task: &Task) {
+        if task.opcode == Opcode::Linear as u16 {
+            super::prefetch(task.segment(0).weights, STAGE_BYTES);
+        }
+    }
+
+    #[inline(always)]
+    fn input_rows(&self, heap: Span<f32>, _count: usize, dim: usize) -> Rows {
+        Rows { values: heap, stride: dim.next_multiple_of(16) }
+    }
+
+    #[inline(always)]
+    fn output_rows(&self, heap: Span<f32>, _count: usize, len: usize) -> Rows {
+        Rows { values: heap, stride: len }
+    }
+
+    #[inline(always)]
+    fn gather(&self, from: Rows, _count: usize, _dim: usize, _to: Rows, _is_kept: bool) -> Rows {
+        from
+    }
+
+    #[inline(always)]
+    fn rms_norm(
+        &self,
+        from: impl Fn(usize) -> Span<f32>,
+        count: usize,
+        weight: Span<f32>,
+        eps: f32,
+        out: Rows,
+    ) {
+        for row in 0..count {
+            let (x, out) = (from(row), out.row(row, weight.len()));
+            super::rms_norm(self.isa, x.as_slice(), weight.as_slice(), eps, out.as_mut_slice());
+        }
+    }
+
+    fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows) {
+        let args = LinearArgs::unpack(task);
+        let mut first = 0;
+        for segment in &args.segments {
+            if segment.row_count > 0 {
+                let matrix = Matrix {
+                    address: segment.weights,
+                    format: args.format,
+                    row_count: segment.row_count as usize,
+                    in_dim: args.in_dim as usize,
+                };
+                super::matmul(self.isa, matrix, x, count, out, first);
+                first += segment.row_count as usize;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn discard(&self, _task: &Task) {}
+
+    #[inline(always)]
+    fn silu_mul(&self, rows: Rows, count: usize, len: usize) {
+        for row in 0..count {
+            let (gate, up) = (rows.row(row, len), rows.values.sub(row * rows.stride + len, len));
+            super::silu_mul(self.isa, gate.as_mut_slice(), up.as_slice());
+        }
+    }
+
+    #[inline(always)]
+    fn store(
+        &self,
+        count: usize,
+        _len: usize,
+        from: impl Fn(usize) -> Span<f32>,
+        out: impl Fn(usize) -> Span<f32>,
+        adds: bool,
+    ) {
+        for row in 0..count {
+            let (from, out) = (from(row), out(row));
+            if !adds {
+                out.as_mut_slice().copy_from_slice(from.as_slice());
+                continue;
+            }
+            for (out, product) in out.as_mut_slice().iter_mut().zip(from.as_slice()) {
+                *out += product;
+            }
+        }
+    }
+
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>) {
+        let (dim, stride) = (dims.kv.head_dim as usize, dims.split_values() as usize);
+        for head_idx in 0..dims.head_count as usize {
+            let first = head_idx * ATTENTION_SPLIT_MAX as usize;
+            let split = |idx: usize| splits.sub((first + idx) * stride, dim + 2);
+            let mut largest = f32::NEG_INFINITY;
+            for idx in 0..split_count {
+                largest = largest.max(split(idx).read(dim));
+            }
+            let out = out.sub(head_idx * dim, dim);
+            let out = out.as_mut_slice();
+            out.fill(0.0);
+            let mut total = 0.0;
+            for idx in 0..split_count {
+                let part = split(idx);
+                let weight = self.exp(part.read(dim) - largest);
+                total += weight * part.read(dim + 1);
+                super::add_scaled(self.isa, out, part.sub(0, dim).as_slice(), weight);
+            }
+            for value in out {
+                *value /= total;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
+        for idx in 0..count {
+            let Rotation { from, out, norm, cos, sin } = item(idx);
+            let out = out.as_mut_slice();
+            match norm {
+                None => out.copy_from_slice(from.as_slice()),
+                Some(weight) => {
+                    let eps = dims.rms_norm_eps;
+                    super::rms_norm(self.isa, from.as_slice(), weight.as_slice(), eps, out);
+                }
+            }
+            super::rope(self.isa, out, cos.as_slice(), sin.as_slice());
+        }
+    }
+
+    fn attend(&self, split: Split) {
+        let dim = split.head_dim;
+        for row in 0..split.query_count {
+            let (query, out) = (split.queries.row(row, dim), split.out.row(row, dim + 2));
+            let (largest, total) = super::attend(
+                self.isa,
+                query.as_slice(),
+                split.keys.as_slice(),
+                split.values.as_slice(),
+                split.scale,
+                out.sub(0, dim).as_mut_slice(),
+            );
+            out.write(dim, largest);
+            out.write(dim + 1, total);
+        }
+    }
+
+    fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {
+        super::widen(self.isa, address, format, first, out.as_mut_slice());
+    }
+
+    fn argmax(&self, values: Span<f32>) -> Option<u32> {
+        let (mut best, mut largest) = (0, f32::NEG_INFINITY);
+        for (index, value) in values.as_slice().iter().enumerate() {
+            if value.is_nan() {
+                return None;
+            }
+            if *value > largest {
+                (best, largest) = (index, *value);
+            }
+        }
+        largest.is_finite().then_some(best as u32)
+    }
+
+    #[inline(always)]
+    fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>) {
+        bins.as_mut_slice().fill(0);
+        for index in 0..len {
+            if let Some((bin, amount)) = item(index) {
+                bins.write(bin, bins.read(bin) + amount);
+            }
+        }
+    }
+
+    fn exp(&self, x: f32) -> f32 {
+        super::exp(self.isa, x)
+    }
+}

@@ -1,0 +1,96 @@
+//! Barriers: of the computing threads, and the `mbarrier`s of pages and task slots.
+
+use core::arch::asm;
+use tilert_mk_shared::tile::COMPUTE_LANES;
+
+/// Waits for all computing threads; their accesses before come before those after.
+#[inline(always)]
+pub fn sync_compute() {
+    // SAFETY: every computing thread calls this the same number of times (`Machine::sync`).
+    unsafe { asm!("barrier.cta.sync 1, {n};", n = const COMPUTE_LANES, options(nostack)) };
+}
+
+/// Waits for all threads of the block.
+#[inline(always)]
+pub fn sync_block() {
+    // SAFETY: every thread of the block calls this once, at the start of the kernel.
+    unsafe { asm!("barrier.cta.sync 0;", options(nostack)) };
+}
+
+/// Waits for the lanes of this warp.
+#[inline(always)]
+pub fn sync_warp() {
+    // SAFETY: all 32 lanes call this together.
+    unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) };
+}
+
+/// Makes a barrier of `arrivals` a phase.
+///
+/// # Safety
+/// `barrier` is the shared address of 8 aligned bytes that nobody uses yet.
+#[inline(always)]
+pub unsafe fn init(barrier: u32, arrivals: u32) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("mbarrier.init.shared.b64 [{b}], {n};", b = in(reg32) barrier,
+             n = in(reg32) arrivals, options(nostack));
+    }
+}
+
+/// Makes initialised barriers known to the copy engine.
+#[inline(always)]
+pub fn fence_init() {
+    #[cfg(tilert_sm90)]
+    // SAFETY: a fence.
+    unsafe {
+        asm!("fence.mbarrier_init.release.cluster;", options(nostack))
+    };
+}
+
+/// Arrives once; this thread's accesses before come before those of who waits.
+///
+/// # Safety
+/// `barrier` is an initialised barrier.
+#[inline(always)]
+pub unsafe fn arrive(barrier: u32) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("{{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [{b}]; }}",
+             b = in(reg32) barrier, options(nostack));
+    }
+}
+
+/// Arrives once, and lets the phase also wait for `bytes` of copies.
+///
+/// # Safety
+/// `barrier` is an initialised barrier, and copies of so many bytes complete on it.
+#[cfg(tilert_sm90)]
+#[inline(always)]
+pub unsafe fn arrive_expect(barrier: u32, bytes: u32) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("{{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [{b}], {n}; }}",
+             b = in(reg32) barrier, n = in(reg32) bytes, options(nostack));
+    }
+}
+
+/// Whether the phase of `parity` is complete; may wait a little for it.
+///
+/// # Safety
+/// `barrier` is an initialised barrier.
+#[inline(always)]
+pub unsafe fn test(barrier: u32, parity: u32) -> bool {
+    let done: u32;
+    // SAFETY: by this function's contract.
+    unsafe {
+        #[cfg(tilert_sm90)]
+        asm!("{{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {n};",
+             "selp.u32 {d}, 1, 0, p; }}",
+             b = in(reg32) barrier, n = in(reg32) parity, d = out(reg32) done, options(nostack));
+        #[cfg(not(tilert_sm90))]
+        asm!("{{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [{b}], {n};",
+             "selp.u32 {d}, 1, 0, p; }}",
+             b = in(reg32) barrier, n = in(reg32) parity, d = out(reg32) done, options(nostack));
+    }
+    done != 0
+}

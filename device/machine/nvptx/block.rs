@@ -1,0 +1,455 @@
+//! A block as a worker: the computing warps are its lanes.
+
+use core::cell::Cell;
+
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::program::{Dims, SAMPLE_BIN_COUNT};
+use tilert_mk_shared::task::{Task, WeightFormat};
+use tilert_mk_shared::tile::{
+    COMPUTE_LANES, COMPUTE_WARPS, INPUT_VALUES, INPUTS, PRODUCTS, REDUCTION, WARP_LANES, WORDS,
+};
+
+use super::barrier::sync_compute;
+use super::loader::PageCursor;
+use super::memory::{
+    Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global, load_shared,
+    load_shared_f32, load_shared_word, store_global, store_shared_f32,
+    store_shared_word, widen_f16,
+};
+use super::{attend, fma, multiply, sreg, warp};
+use crate::machine::memory::Span;
+use crate::machine::{Machine, Rotation, Rows, Split};
+
+/// How long an idle block sleeps between looks.
+const IDLE_SLEEP_NS: u32 = 200;
+/// Values of one load of a lane.
+const QUAD: usize = 4;
+/// Loads that a lane has in flight when it reads rows.
+const LOADS_AHEAD: usize = 4;
+
+/// The computing part of a block, as one thread sees it.
+pub struct Block {
+    /// This thread.
+    pub thread_idx: u32,
+    /// Shared address of the block's memory.
+    pub shared: u32,
+    /// The next page to multiply.
+    pub pages: PageCursor,
+    lead_word: Cell<u32>,
+}
+
+impl Block {
+    /// The block whose memory begins at `shared` and has `page_count` pages.
+    #[inline(always)]
+    pub fn new(thread_idx: u32, shared: u32, page_count: u32) -> Block {
+        let pages = PageCursor::new(shared, page_count);
+        Block { thread_idx, shared, pages, lead_word: Cell::new(0) }
+    }
+
+    /// Index of this thread's warp.
+    #[inline(always)]
+    pub fn warp_idx(&self) -> u32 {
+        self.thread_idx / WARP_LANES
+    }
+
+    /// Index of this thread in its warp.
+    #[inline(always)]
+    pub fn warp_lane(&self) -> u32 {
+        self.thread_idx % WARP_LANES
+    }
+
+    /// Whether the rows are the shared input rows, whose values are swizzled.
+    #[inline(always)]
+    pub fn is_near(&self, rows: &Rows) -> bool {
+        rows.values.address() == generic(self.shared + INPUTS)
+    }
+
+    /// Sums of `count` values over all computing threads, at most `COMPUTE_WARPS` of them; each
+    /// thread learns all, in the order of the warps.
+    #[inline(always)]
+    fn block_sum(&self, row: usize, value: f32) {
+        let sum = warp::sum(value);
+        if self.warp_lane() == 0 {
+            let index = row as u32 * COMPUTE_WARPS + self.warp_idx();
+            // SAFETY: a value of the reduction area that this warp owns.
+            unsafe { store_shared_f32(self.shared + REDUCTION + index * 4, sum) };
+        }
+    }
+
+    /// What `block_sum` left for `row`, after `sync`.
+    #[inline(always)]
+    fn block_total(&self, row: usize) -> f32 {
+        let first = self.shared + REDUCTION + row as u32 * COMPUTE_WARPS * 4;
+        // SAFETY: eight values of the reduction area; `sync` has ordered their stores.
+        let (a, b) = unsafe { (load_shared(first), load_shared(first + 16)) };
+        a[0] + a[1] + a[2] + a[3] + b[0] + b[1] + b[2] + b[3]
+    }
+}
+
+/// Where the value of `column` is in a near input row: of every 256 columns, the first halves of
+/// all groups of 8 come before the second halves, so that 32 lanes that each read a half of their
+/// group read 512 adjacent bytes.
+#[inline(always)]
+pub fn swizzled(column: usize) -> usize {
+    (column & !255) | (column >> 2 & 1) << 7 | (column & 255) >> 3 << 2 | (column & 3)
+}
+
+impl Machine for Block {
+    const IS_STEALABLE: bool = false;
+
+    #[inline(always)]
+    fn lane_idx(&self) -> usize {
+        self.thread_idx as usize
+    }
+
+    #[inline(always)]
+    fn lane_count(&self) -> usize {
+        COMPUTE_LANES as usize
+    }
+
+    #[inline(always)]
+    fn sync(&self) {
+        sync_compute();
+    }
+
+    #[inline(always)]
+    fn lead(&self, job: impl FnOnce() -> u32) -> u32 {
+        // Two words in turns: a lane can be one barrier behind the leader, never two.
+        let word = self.shared + WORDS + self.lead_word.get();
+        self.lead_word.set(self.lead_word.get() ^ 4);
+        if self.thread_idx == 0 {
+            let result = job();
+            // SAFETY: a word of this block's memory that only the leader writes.
+            unsafe { store_shared_word(word, result) };
+        }
+        sync_compute();
+        // SAFETY: the same word.
+        unsafe { load_shared_word(word) }
+    }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        sreg::now_ns()
+    }
+
+    #[inline(always)]
+    fn relax(&self) {}
+
+    #[inline(always)]
+    fn idle(&self, looks: u32) {
+        if looks > 0 {
+            sreg::sleep_ns(IDLE_SLEEP_NS);
+        }
+    }
+
+    #[inline(always)]
+    fn stage(&self, _task: &Task) {}
+
+    #[inline(always)]
+    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows {
+        let stride = dim.next_multiple_of(256);
+        if count * stride > INPUT_VALUES as usize {
+            return Rows { values: heap, stride: dim.next_multiple_of(16) };
+        }
+        // SAFETY: the input area of this block's memory, which only its lanes use.
+        let values = unsafe { Span::new(generic(self.shared + INPUTS), INPUT_VALUES as usize) };
+        Rows { values, stride }
+    }
+
+    #[inline(always)]
+    fn output_rows(&self, _heap: Span<f32>, count: usize, len: usize) -> Rows {
+        // SAFETY: the products area of this block's memory, which only its lanes use; a tile has at
+        // most `TILE_ROWS_MAX` rows and a step `GPU_STEP_TOKENS_MAX` tokens.
+        let values = unsafe { Span::new(generic(self.shared + PRODUCTS), count * len) };
+        Rows { values, stride: len }
+    }
+
+    #[inline(always)]
+    fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows {
+        if !self.is_near(&to) {
+            return from;
+        }
+        if !is_kept {
+            for row in 0..count {
+                let source = from.row(row, dim);
+                multiply::copy_window(self, source, 0, dim, to.values.sub(row * to.stride, dim.next_multiple_of(256)));
+            }
+            sync_compute();
+        }
+        to
+    }
+
+    #[inline(always)]
+    fn rms_norm(
+        &self,
+        from: impl Fn(usize) -> Span<f32>,
+        count: usize,
+        weight: Span<f32>,
+        eps: f32,
+        out: Rows,
+    ) {
+        let (dim, is_near) = (weight.len(), self.is_near(&out));
+        let first = self.thread_idx as usize * QUAD;
+        let place = |row: usize, column: usize| {
+            let column = if is_near { swizzled(column) } else { column };
+            out.values.address() + (row * out.stride + column) as u64 * 4
+        };
+        for row in 0..count {
+            let source = from(row).address();
+            let mut sum = 0.0;
+            let mut base = first;
+            while base < dim {
+                let quads = read_quads(source, base, dim, false);
+                for (step, quad) in quads.iter().enumerate() {
+                    let column = base + step * QUAD * COMPUTE_LANES as usize;
+                    if column < dim {
+                        // SAFETY: four adjacent values of the output row, this lane's own.
+                        unsafe { (place(row, column) as *mut Quad).write(*quad) };
+                        for value in quad {
+                            sum = fma(*value, *value, sum);
+                        }
+                    }
+                }
+                base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+            }
+            self.block_sum(row, sum);
+        }
+        let mut base = first;
+        let mut is_ordered = false;
+        while base < dim || !is_ordered {
+            // The first weights arrive while the block waits for the sums.
+            let weights = read_quads(weight.address(), base, dim, true);
+            if !is_ordered {
+                sync_compute();
+                is_ordered = true;
+            }
+            for row in 0..count {
+                let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
+                for (step, weight) in weights.iter().enumerate() {
+                    let column = base + step * QUAD * COMPUTE_LANES as usize;
+                    if column < dim {
+                        // SAFETY: as above; this lane wrote these values.
+                        let values = unsafe { &mut *(place(row, column) as *mut Quad) };
+                        for idx in 0..QUAD {
+                            values[idx] = values[idx] * scale * weight[idx];
+                        }
+                    }
+                }
+            }
+            base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+        }
+        sync_compute();
+    }
+
+    #[inline(always)]
+    fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows) {
+        multiply::multiply(self, task, x, count, out);
+    }
+
+    #[inline(always)]
+    fn discard(&self, task: &Task) {
+        multiply::discard(self, task);
+    }
+
+    #[inline(always)]
+    fn silu_mul(&self, rows: Rows, count: usize, len: usize) {
+        self.for_each(count, len, |row, column| {
+            let index = row * rows.stride + column;
+            let (gate, up) = (rows.values.read(index), rows.values.read(index + len));
+            rows.values.write(index, gate / (1.0 + self.exp(-gate)) * up);
+        });
+        sync_compute();
+    }
+
+    #[inline(always)]
+    fn store(
+        &self,
+        count: usize,
+        len: usize,
+        from: impl Fn(usize) -> Span<f32>,
+        out: impl Fn(usize) -> Span<f32>,
+        adds: bool,
+    ) {
+        self.for_each(count, len, |row, column| {
+            let (value, out) = (from(row).read(column), out(row));
+            let old = if adds { out.read(column) } else { 0.0 };
+            out.write(column, if adds { old + value } else { value });
+        });
+    }
+
+    #[inline(always)]
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>) {
+        let (dim, stride) = (dims.kv.head_dim, dims.split_values());
+        let is_near = out.address() >= generic(self.shared + INPUTS)
+            && out.address() < generic(self.shared + INPUTS) + u64::from(INPUT_VALUES) * 4;
+        self.for_each(1, (dims.head_count * dim) as usize, |_, column| {
+            let (head, value) = (column as u32 / dim, column as u32 % dim);
+            let part = |split: usize, index: u32| {
+                let row = head * ATTENTION_SPLIT_MAX + split as u32;
+                splits.read((row * stride + index) as usize)
+            };
+            let mut largest = f32::NEG_INFINITY;
+            for split in 0..split_count {
+                largest = largest.max(part(split, dim));
+            }
+            let (mut sum, mut total) = (0.0, 0.0);
+            for split in 0..split_count {
+                let weight = self.exp(part(split, dim) - largest);
+                total += weight * part(split, dim + 1);
+                sum = fma(part(split, value), weight, sum);
+            }
+            let place = if is_near { swizzled(column) } else { column };
+            // SAFETY: a value of the output row, this lane's own; near rows have whole groups.
+            unsafe { ((out.address() + place as u64 * 4) as *mut f32).write(sum / total) };
+        });
+    }
+
+    #[inline(always)]
+    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
+        let mut idx = self.warp_idx() as usize;
+        while idx < count {
+            attend::rotate(item(idx), dims, self.warp_lane() as usize);
+            idx += COMPUTE_WARPS as usize;
+        }
+        sync_compute();
+    }
+
+    #[inline(always)]
+    fn attend(&self, split: Split) {
+        attend::attend(self, split);
+    }
+
+    #[inline(always)]
+    fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {
+        let start = address + first * format.value_bytes();
+        let mut column = self.thread_idx as usize * 8;
+        while column < out.len() {
+            let from = start + column as u64 * format.value_bytes();
+            let to = out.address() + column as u64 * 4;
+            // SAFETY: rows are multiples of 8 values and of 16 bytes; the host has bound the table;
+            // this lane alone writes these values.
+            unsafe {
+                let (low, high) = match format {
+                    WeightFormat::F32 => (load_constant(from), load_constant(from + 16)),
+                    _ => widen_words(format, load_constant_words(from)),
+                };
+                store_global(to, low);
+                store_global(to + 16, high);
+            }
+            column += 8 * COMPUTE_LANES as usize;
+        }
+    }
+
+    #[inline(always)]
+    fn argmax(&self, values: Span<f32>) -> Option<u32> {
+        let (mut best, mut largest, mut is_nan) = (u32::MAX, f32::NEG_INFINITY, false);
+        let mut base = self.thread_idx as usize * QUAD;
+        // A vocabulary need not be a multiple of four: the rest is looked at one by one.
+        let whole = values.len() & !(QUAD - 1);
+        let mut look = |value: f32, index: usize| {
+            is_nan |= value.is_nan();
+            if value > largest {
+                (best, largest) = (index as u32, value);
+            }
+        };
+        let is_aligned = values.address() % 16 == 0;
+        while base < whole && is_aligned {
+            let quads = read_quads(values.address(), base, whole, false);
+            for (step, quad) in quads.iter().enumerate() {
+                let first = base + step * QUAD * COMPUTE_LANES as usize;
+                for (idx, value) in quad.iter().enumerate() {
+                    if first < whole {
+                        look(*value, first + idx);
+                    }
+                }
+            }
+            base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+        }
+        let mut index = self.thread_idx as usize + if is_aligned { whole } else { 0 };
+        while index < values.len() {
+            look(values.read(index), index);
+            index += COMPUTE_LANES as usize;
+        }
+        attend::best_of_block(self, best, largest, is_nan)
+    }
+
+    #[inline(always)]
+    fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>) {
+        let near = self.shared + REDUCTION;
+        // SAFETY: the reduction area has room for all bins, one for each lane here.
+        let own = unsafe { Span::<u64>::new(generic(near), SAMPLE_BIN_COUNT as usize) };
+        own.write(self.thread_idx as usize, 0);
+        sync_compute();
+        self.for_each(1, len, |_, index| {
+            if let Some((bin, amount)) = item(index) {
+                // SAFETY: one of the bins.
+                unsafe { add_shared_u64(near + (bin as u32 % SAMPLE_BIN_COUNT as u32) * 8, amount) };
+            }
+        });
+        sync_compute();
+        bins.write(self.thread_idx as usize, own.read(self.thread_idx as usize));
+        sync_compute();
+    }
+
+    /// The polynomial of the CPU machine.
+    #[inline(always)]
+    fn exp(&self, x: f32) -> f32 {
+        if x.is_nan() {
+            return x;
+        }
+        if x < -87.0 {
+            return 0.0;
+        }
+        let x = x.min(88.0);
+        // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+        let power = fma(x, core::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
+        let rest = fma(power, -0.693_359_4, x);
+        let rest = fma(power, 2.121_944_4e-4, rest);
+        let mut sum = 1.0f32 / 720.0;
+        for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            sum = fma(sum, rest, term);
+        }
+        sum * f32::from_bits(((power as i32 + 127) as u32) << 23)
+    }
+}
+
+/// The square root, correctly rounded.
+#[inline(always)]
+pub fn sqrt(x: f32) -> f32 {
+    core::intrinsics::sqrtf32(x)
+}
+
+/// `LOADS_AHEAD` quads of a row of `dim` values, from column `base` on, one for each turn of the
+/// computing lanes; zeros past the end. All loads are in flight together.
+#[inline(always)]
+fn read_quads(address: u64, base: usize, dim: usize, is_constant: bool) -> [Quad; LOADS_AHEAD] {
+    let mut quads = [[0.0; QUAD]; LOADS_AHEAD];
+    for (step, quad) in quads.iter_mut().enumerate() {
+        let column = base + step * QUAD * COMPUTE_LANES as usize;
+        if column < dim {
+            let from = address + column as u64 * 4;
+            // SAFETY: rows are multiples of four values, aligned to 16 bytes, and `column` is in
+            // the row; what is constant is a bound weight.
+            *quad = unsafe { if is_constant { load_constant(from) } else { load_global(from) } };
+        }
+    }
+    quads
+}
+
+/// Eight 16-bit values, widened.
+#[inline(always)]
+pub fn widen_words(format: WeightFormat, words: [u32; 4]) -> (Quad, Quad) {
+    let pair = |word: u32| match format {
+        WeightFormat::F16 => [widen_f16(word as u16), widen_f16((word >> 16) as u16)],
+        _ => [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)],
+    };
+    let [a, b, c, d] = words.map(pair);
+    ([a[0], a[1], b[0], b[1]], [c[0], c[1], d[0], d[1]])
+}
+
+/// One value of near memory at a value index from `area`.
+#[inline(always)]
+pub fn near(area: u32, index: u32) -> f32 {
+    // SAFETY: callers stay in areas of the block's memory and order their accesses by `sync`.
+    unsafe { load_shared_f32(area + index * 4) }
+}

@@ -1,0 +1,45 @@
+//! The kernel's entry.
+
+use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER};
+
+use super::barrier::sync_block;
+use super::block::Block;
+use super::{loader, memory, sreg};
+use crate::worker::Worker;
+
+/// Runs a program until it is stopped: one block of `BLOCK_THREADS` threads for each worker, all
+/// resident at once.
+///
+/// # Safety
+/// The header is that of a bound program, see `Worker::new`, and the block has
+/// `shared_bytes(page_count)` of dynamic shared memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
+    let (thread_idx, shared) = (sreg::thread_idx(), memory::shared_base());
+    // The header is read from shared memory: as a parameter, its fields and what is computed from
+    // them would be kept in registers for as long as the kernel runs, more than there are.
+    let near_header = memory::generic(shared + HEADER) as *mut ProgramHeader;
+    if thread_idx == 0 {
+        loader::init(shared, header.page_count);
+        // SAFETY: the area of the header, which nobody else uses before the barrier.
+        unsafe { near_header.write(header) };
+    }
+    sync_block();
+    // SAFETY: written above, and never again.
+    let header = unsafe { &*near_header };
+    let block = Block::new(thread_idx, shared, header.page_count);
+    // SAFETY: by this function's contract; blocks have different indices.
+    let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
+    if thread_idx < COMPUTE_LANES {
+        loader::compute(&worker);
+    } else {
+        loader::load(&worker);
+    }
+}
+
+/// A broken assertion ends the kernel; the driver reports it.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    sreg::trap()
+}

@@ -1,0 +1,376 @@
+//! The loading warp: claims tasks ahead of the computing warps and streams their weights.
+//!
+//! Two rings pass between the roles, each slot with a "full" and an "empty" barrier. A task's record
+//! goes into a task slot, then its pages are filled in the order of `shared/tile.rs`; both block
+//! only when a ring is full. The loader depends on nothing but the computing warps' progress, and
+//! they wait for pages of tasks they have taken, which the loader is filling: neither can wait for
+//! ever. It leaves when the computing warps say so, after its last copy is complete, since a copy
+//! must not outlive the block that owns its target.
+
+use core::cell::Cell;
+
+use tilert_mk_shared::limits::SEGMENT_COUNT_MAX;
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
+use tilert_mk_shared::tile::{
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, PAGE_BYTES, PAGES, TASK_EMPTY_BARRIERS,
+    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows,
+};
+
+use super::block::Block;
+use super::memory::{generic, load_shared_word, store_shared_word};
+use super::{barrier, copy, sreg, warp};
+use crate::machine::Machine;
+use crate::worker::{Claim, Worker};
+
+/// Index of a task that does not exist: the queue is empty for good.
+const NO_TASK: u32 = u32::MAX;
+/// Tests of a barrier after which something is broken: seconds.
+const TEST_COUNT_MAX: u32 = 1 << 30;
+/// Bytes of the record in a task slot; the task's index and step follow.
+const RECORD_BYTES: u32 = size_of::<Task>() as u32;
+
+/// A position in a ring: which slot, and the parity of its current phase.
+pub struct RingCursor {
+    index: Cell<u32>,
+    parity: Cell<u32>,
+    laps: Cell<u32>,
+    count: u32,
+    full: u32,
+    empty: u32,
+}
+
+impl RingCursor {
+    #[inline(always)]
+    fn new(full: u32, empty: u32, count: u32) -> RingCursor {
+        let (index, parity, laps) = (Cell::new(0), Cell::new(0), Cell::new(0));
+        RingCursor { index, parity, laps, count, full, empty }
+    }
+
+    /// The slots of tasks.
+    #[inline(always)]
+    pub fn tasks(shared: u32) -> RingCursor {
+        let (full, empty) = (shared + TASK_FULL_BARRIERS, shared + TASK_EMPTY_BARRIERS);
+        RingCursor::new(full, empty, TASK_SLOT_COUNT)
+    }
+
+    #[inline(always)]
+    fn advance(&self) {
+        let next = self.index.get() + 1;
+        if next == self.count {
+            self.index.set(0);
+            self.parity.set(self.parity.get() ^ 1);
+            self.laps.set(1);
+        } else {
+            self.index.set(next);
+        }
+    }
+
+    #[inline(always)]
+    fn full(&self) -> u32 {
+        self.full + self.index.get() * 8
+    }
+
+    #[inline(always)]
+    fn empty(&self) -> u32 {
+        self.empty + self.index.get() * 8
+    }
+
+    /// Waits until the slot is full.
+    #[inline(always)]
+    pub fn wait_full(&self) {
+        wait(self.full(), self.parity.get());
+    }
+
+    /// Whether the slot is empty; may wait a little.
+    #[inline(always)]
+    fn test_empty(&self) -> bool {
+        // SAFETY: an initialised barrier. The phase before its first counts as complete.
+        unsafe { barrier::test(self.empty(), self.parity.get() ^ 1) }
+    }
+}
+
+#[inline(always)]
+fn wait(barrier: u32, parity: u32) {
+    let mut tests = 0;
+    // SAFETY: an initialised barrier.
+    while !unsafe { barrier::test(barrier, parity) } {
+        tests += 1;
+        if tests == TEST_COUNT_MAX {
+            sreg::trap();
+        }
+    }
+}
+
+/// A position in the ring of pages.
+pub struct PageCursor {
+    ring: RingCursor,
+    first: u32,
+}
+
+impl PageCursor {
+    /// The first page.
+    #[inline(always)]
+    pub fn new(shared: u32, page_count: u32) -> PageCursor {
+        let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
+        PageCursor { ring: RingCursor::new(full, empty, page_count), first: shared + PAGES }
+    }
+
+    /// Shared address of the page.
+    #[inline(always)]
+    pub fn address(&self) -> u32 {
+        self.first + self.ring.index.get() * PAGE_BYTES
+    }
+
+    /// Waits until the page is full.
+    #[inline(always)]
+    pub fn wait_full(&self) {
+        self.ring.wait_full();
+    }
+
+    /// Gives the page back and goes on to the next; called by all lanes of each computing warp.
+    #[inline(always)]
+    pub fn release(&self, lane: u32) {
+        barrier::sync_warp();
+        if lane == 0 {
+            // SAFETY: an initialised barrier, with an arrival for each computing warp.
+            unsafe { barrier::arrive(self.ring.empty()) };
+        }
+        self.ring.advance();
+    }
+}
+
+/// Prepares the barriers of both rings. One thread, before any other uses them.
+#[inline(always)]
+pub fn init(shared: u32, page_count: u32) {
+    // The copy engine adds its bytes to one arrival; without one, every lane arrives.
+    let page_arrivals = if cfg!(tilert_sm90) { 1 } else { WARP_LANES };
+    for page in 0..page_count {
+        // SAFETY: barriers that nobody uses yet.
+        unsafe {
+            barrier::init(shared + FULL_BARRIERS + page * 8, page_arrivals);
+            barrier::init(shared + EMPTY_BARRIERS + page * 8, COMPUTE_WARPS);
+        }
+    }
+    for slot in 0..TASK_SLOT_COUNT {
+        // SAFETY: barriers that nobody uses yet.
+        unsafe {
+            barrier::init(shared + TASK_FULL_BARRIERS + slot * 8, 1);
+            barrier::init(shared + TASK_EMPTY_BARRIERS + slot * 8, 1);
+        }
+    }
+    // SAFETY: a word of the block's memory.
+    unsafe { store_shared_word(shared + WORDS + 8, 0) };
+    barrier::fence_init();
+}
+
+/// The loading warp's loop.
+#[inline(always)]
+pub fn load(worker: &Worker<Block>) {
+    let block = worker.machine;
+    let lane = block.warp_lane();
+    let tasks = RingCursor::tasks(block.shared);
+    loop {
+        let (task_idx, epoch, address) = claim(worker, lane);
+        if !take_empty(block, lane, &tasks) {
+            break;
+        }
+        let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
+        fill_slot(slot, lane, task_idx, epoch, address);
+        barrier::sync_warp();
+        if lane == 0 {
+            // SAFETY: an initialised barrier.
+            unsafe { barrier::arrive(tasks.full()) };
+        }
+        tasks.advance();
+        if task_idx == NO_TASK {
+            break;
+        }
+        // SAFETY: a task of the program, which nobody writes.
+        let task = unsafe { &*(address as *const Task) };
+        if task.opcode == Opcode::Linear as u16 && !stream(block, lane, task) {
+            break;
+        }
+    }
+    drain(block);
+}
+
+/// Claims the next task on lane 0 and tells the others: its index, its step, its address.
+#[inline(always)]
+fn claim(worker: &Worker<Block>, lane: u32) -> (u32, u32, u64) {
+    let mut found = (NO_TASK, 0);
+    if lane == 0 {
+        if let Some(claim) = worker.claim_next() {
+            found = (claim.task_idx, claim.epoch);
+        }
+    }
+    let (task_idx, epoch) = (warp::take_word(found.0, 0), warp::take_word(found.1, 0));
+    let offset = if task_idx == NO_TASK { 0 } else { u64::from(task_idx) * u64::from(RECORD_BYTES) };
+    (task_idx, epoch, worker.header.tasks + offset)
+}
+
+/// Waits for an empty slot; false if the block stops. All lanes of the warp.
+#[inline(always)]
+fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
+    let mut goes_on = 1;
+    if lane == 0 {
+        while !ring.test_empty() {
+            // SAFETY: a word of the block's memory.
+            if unsafe { load_shared_word(block.shared + WORDS + 8) } != 0 {
+                goes_on = 0;
+                break;
+            }
+        }
+    }
+    barrier::sync_warp();
+    warp::take_word(goes_on, 0) != 0
+}
+
+/// Copies a task's record, a word by each lane, and says which task it is.
+#[inline(always)]
+fn fill_slot(slot: u32, lane: u32, task_idx: u32, epoch: u32, address: u64) {
+    // SAFETY: a word of the record, which nobody writes.
+    let word = unsafe { *((address + u64::from(lane) * 4) as *const u32) };
+    // SAFETY: words of the slot, which is empty: the computing warps do not look at it.
+    unsafe {
+        store_shared_word(slot + lane * 4, word);
+        if lane == 0 {
+            store_shared_word(slot + RECORD_BYTES, task_idx);
+            store_shared_word(slot + RECORD_BYTES + 4, epoch);
+        }
+    }
+}
+
+/// Fills a page for each part of a task's weights; false if the block stops.
+#[inline(always)]
+fn stream(block: &Block, lane: u32, task: &Task) -> bool {
+    let args = LinearArgs::unpack(task);
+    let value_bytes = args.format.value_bytes();
+    let row_bytes = u64::from(args.in_dim) * value_bytes;
+    #[cfg(tilert_sm90)]
+    let policy = copy::evict_first();
+    let mut first = 0;
+    while first < args.in_dim {
+        let pitch = CHUNK_COLUMNS.min(args.in_dim - first) * value_bytes as u32;
+        for idx in 0..SEGMENT_COUNT_MAX {
+            let segment = task.segment(idx);
+            let mut row = 0;
+            while row < segment.row_count {
+                if !take_empty(block, lane, &block.pages.ring) {
+                    return false;
+                }
+                let part = Part {
+                    from: segment.weights
+                        + u64::from(row) * row_bytes
+                        + u64::from(first) * value_bytes,
+                    row_bytes,
+                    pitch,
+                    row_count: page_rows(args.format).min(segment.row_count - row),
+                };
+                #[cfg(tilert_sm90)]
+                fill(&block.pages, lane, &part, policy);
+                #[cfg(not(tilert_sm90))]
+                fill(&block.pages, lane, &part);
+                block.pages.ring.advance();
+                row += page_rows(args.format);
+            }
+        }
+        first += CHUNK_COLUMNS;
+    }
+    true
+}
+
+/// What a page holds: rows of `pitch` bytes that are `row_bytes` apart in memory.
+struct Part {
+    from: u64,
+    row_bytes: u64,
+    pitch: u32,
+    row_count: u32,
+}
+
+#[cfg(tilert_sm90)]
+#[inline(always)]
+fn fill(pages: &PageCursor, lane: u32, part: &Part, policy: u64) {
+    let full = pages.ring.full();
+    if lane == 0 {
+        // SAFETY: an initialised barrier; the copies below have so many bytes.
+        unsafe { barrier::arrive_expect(full, part.row_count * part.pitch) };
+    }
+    barrier::sync_warp();
+    // Rows that touch go in one copy.
+    let is_whole = u64::from(part.pitch) == part.row_bytes;
+    let (copies, bytes) =
+        if is_whole { (1, part.row_count * part.pitch) } else { (part.row_count, part.pitch) };
+    if lane < copies {
+        let from = part.from + u64::from(lane) * part.row_bytes;
+        // SAFETY: weights are bound and aligned to 16 bytes, rows are multiples of 16 bytes, and
+        // the page is empty until its barrier says otherwise.
+        unsafe { copy::bulk(pages.address() + lane * part.pitch, from, bytes, full, policy) };
+    }
+}
+
+#[cfg(not(tilert_sm90))]
+#[inline(always)]
+fn fill(pages: &PageCursor, lane: u32, part: &Part) {
+    let vectors = part.pitch / 16;
+    for row in 0..part.row_count {
+        let mut vector = lane;
+        while vector < vectors {
+            let offset = vector * 16;
+            let from = part.from + u64::from(row) * part.row_bytes + u64::from(offset);
+            // SAFETY: as for the bulk copy of newer chips.
+            unsafe { copy::vector(pages.address() + row * part.pitch + offset, from) };
+            vector += WARP_LANES;
+        }
+    }
+    // SAFETY: an initialised barrier that every lane arrives on.
+    unsafe { copy::arrive_copied(pages.ring.full()) };
+}
+
+/// Waits for every copy that has begun.
+#[inline(always)]
+fn drain(block: &Block) {
+    let ring = &block.pages.ring;
+    for page in 0..ring.count {
+        let is_this_lap = page < ring.index.get();
+        if is_this_lap || ring.laps.get() > 0 {
+            let parity = if is_this_lap { ring.parity.get() } else { ring.parity.get() ^ 1 };
+            wait(ring.full + page * 8, parity);
+        }
+    }
+}
+
+/// The computing warps' loop: runs what the loading warp has staged.
+#[inline(always)]
+pub fn compute(worker: &Worker<Block>) {
+    let block = worker.machine;
+    let tasks = RingCursor::tasks(block.shared);
+    if worker.begin().is_ok() {
+        loop {
+            tasks.wait_full();
+            let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
+            // SAFETY: words of the slot, which is full: the loading warp does not touch it.
+            let (task_idx, epoch) = unsafe {
+                (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
+            };
+            if task_idx == NO_TASK {
+                break;
+            }
+            // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
+            let task = unsafe { &*(generic(slot) as *const Task) };
+            let now_ns = worker.trace_ns();
+            if worker.compute(&Claim::new(task, task_idx, epoch), now_ns, now_ns).is_err() {
+                break;
+            }
+            // `compute` has ended with a barrier: no lane looks at the record any more.
+            if block.lane_idx() == 0 {
+                // SAFETY: an initialised barrier.
+                unsafe { barrier::arrive(tasks.empty()) };
+            }
+            tasks.advance();
+        }
+    }
+    if block.lane_idx() == 0 {
+        // SAFETY: a word of the block's memory.
+        unsafe { store_shared_word(block.shared + WORDS + 8, 1) };
+    }
+}

@@ -1,0 +1,130 @@
+//! The CPU as a device: one thread for each worker.
+
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use memmap2::{Advice, MmapMut};
+use tilert_mk_device::machine::cpu::Isa;
+use tilert_mk_device::machine::cpu::thread::Thread;
+use tilert_mk_device::machine::memory::Span;
+use tilert_mk_device::worker::Worker;
+use tilert_mk_shared::limits::{SEGMENT_ROWS_MAX, STEP_TOKENS_MAX, WORKER_COUNT_MAX};
+use tilert_mk_shared::program::ProgramHeader;
+
+use super::{Device, Profile};
+use crate::error::{Error, Result};
+
+/// Weight bytes of a linear task, about: a few microseconds of reading.
+const TILE_BYTES: u64 = 128 << 10;
+
+/// Threads of this process.
+pub struct CpuDevice {
+    profile: Profile,
+    machine: Thread,
+    workers: Vec<JoinHandle<()>>,
+    // What addresses point into; dropped after the workers have been joined.
+    memory: Vec<MmapMut>,
+}
+
+impl CpuDevice {
+    /// The cores that this process may use.
+    pub fn new() -> CpuDevice {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+        let profile = Profile {
+            name: "cpu".into(),
+            worker_count: cores,
+            worker_count_max: WORKER_COUNT_MAX,
+            step_tokens_max: STEP_TOKENS_MAX,
+            tile_bytes: TILE_BYTES,
+            tile_rows_max: SEGMENT_ROWS_MAX,
+            page_count: 0,
+            host_spins: false,
+        };
+        let machine = Thread { isa: Isa::detect(), clock: Instant::now() };
+        CpuDevice { profile, machine, workers: Vec::new(), memory: Vec::new() }
+    }
+}
+
+impl Default for CpuDevice {
+    fn default() -> Self {
+        CpuDevice::new()
+    }
+}
+
+/// Zeroed memory, in huge pages where the system has them.
+pub(crate) fn anonymous(what: &str, bytes: u64) -> Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes.max(4096) as usize)
+        .map_err(|error| Error::Device(format!("{bytes} bytes for {what}: {error}")))?;
+    // A hint: without huge pages everything works, a little slower.
+    let _ = map.advise(Advice::HugePage);
+    Ok(map)
+}
+
+impl Device for CpuDevice {
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn place(&mut self, bytes: &[u8]) -> Result<u64> {
+        Ok(bytes.as_ptr() as u64)
+    }
+
+    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
+        let map = anonymous(what, bytes)?;
+        let address = map.as_ptr() as u64;
+        self.memory.push(map);
+        Ok(address)
+    }
+
+    fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64> {
+        self.reserve(what, bytes)
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: an address of `reserve`, before any worker runs.
+        let target: Span<u8> = unsafe { Span::new(address, bytes.len()) };
+        target.as_mut_slice().copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        // SAFETY: an address of `reserve` that no worker writes meanwhile.
+        let source: Span<u8> = unsafe { Span::new(address, out.len()) };
+        out.copy_from_slice(source.as_slice());
+        Ok(())
+    }
+
+    fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+        for worker_idx in 0..header.worker_count {
+            let (header, machine) = (*header, self.machine);
+            let handle = std::thread::Builder::new()
+                .name(format!("worker {worker_idx}"))
+                .spawn(move || {
+                    // SAFETY: the engine keeps all memory until `join` has joined this thread.
+                    let worker = unsafe { Worker::new(&header, worker_idx, &machine) };
+                    worker.run();
+                })
+                .map_err(|error| Error::Device(format!("starting a worker: {error}")))?;
+            self.workers.push(handle);
+        }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.workers.iter().any(JoinHandle::is_finished) {
+            return Err(Error::Fault("a worker has ended without a fault record".into()));
+        }
+        Ok(())
+    }
+
+    fn join(&mut self) {
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has nothing more to say here.
+            let _ = worker.join();
+        }
+    }
+
+    fn now_ns(&self) -> Option<u64> {
+        Some(self.machine.clock.elapsed().as_nanos() as u64)
+    }
+}

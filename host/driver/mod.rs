@@ -1,0 +1,79 @@
+//! Devices: the ways to give workers memory and to start them.
+//!
+//! The engine speaks to every device through `Device`. Addresses are the device's own; memory from
+//! `reserve_shared` has one address for both sides.
+
+pub mod cpu;
+pub mod cuda;
+
+use tilert_mk_shared::program::ProgramHeader;
+
+use crate::error::Result;
+
+/// What lowering and the engine need to know of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Profile {
+    /// Name for people and JSON.
+    pub name: String,
+    /// Workers unless the user says otherwise.
+    pub worker_count: u32,
+    /// Workers at most.
+    pub worker_count_max: u32,
+    /// Tokens of a step at most.
+    pub step_tokens_max: u32,
+    /// Weight bytes of a linear task, about.
+    pub tile_bytes: u64,
+    /// Rows of a linear task at most.
+    pub tile_rows_max: u32,
+    /// Pages of a worker's ring; 0 if it has none.
+    pub page_count: u32,
+    /// Whether the host may spin while a request runs, without taking the workers' cores.
+    pub host_spins: bool,
+}
+
+/// Memory and workers of one device.
+pub trait Device: Send {
+    /// What it is.
+    fn profile(&self) -> &Profile;
+
+    /// The address at which workers find `bytes`, which the caller keeps until the device is gone.
+    ///
+    /// Errors: memory that is not there.
+    fn place(&mut self, bytes: &[u8]) -> Result<u64>;
+
+    /// Zeroed memory of the device.
+    ///
+    /// Errors: memory that is not there.
+    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64>;
+
+    /// Zeroed memory that the host and the device both reach, at the same address.
+    ///
+    /// Errors: memory that is not there.
+    fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64>;
+
+    /// Copies `bytes` to an address from `reserve`, before the launch.
+    ///
+    /// Errors: what the driver says.
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from an address of `reserve` that no worker writes meanwhile.
+    ///
+    /// Errors: what the driver says.
+    fn read(&self, address: u64, out: &mut [u8]) -> Result<()>;
+
+    /// Starts the workers.
+    ///
+    /// Errors: what the driver says.
+    fn launch(&mut self, header: &ProgramHeader) -> Result<()>;
+
+    /// An error if a worker has ended.
+    ///
+    /// Errors: a worker that has ended, with what is known of it.
+    fn check(&self) -> Result<()>;
+
+    /// Waits for the workers' ends; the mailbox has told them to stop.
+    fn join(&mut self);
+
+    /// Now, on the clock that the device's records use, if the host has that clock too.
+    fn now_ns(&self) -> Option<u64>;
+}
