@@ -99,7 +99,7 @@ fn compile(
         .env("RUSTFLAGS", rustflags)
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
-        .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only")
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "none")
         .args(["rustc", "--release", "--locked", "--package", "tilert-mk-device"])
         .args(["--crate-type", "cdylib", "--target", "nvptx64-nvidia-cuda", "-Zbuild-std=core"])
         .arg("--target-dir")
