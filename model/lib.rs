@@ -8,4 +8,5 @@ pub mod config;
 pub mod lower;
 pub mod reference;
 pub mod rope;
+pub mod validate;
 pub mod weights;

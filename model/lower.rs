@@ -70,6 +70,8 @@ pub struct Program {
     pub queue_spans: Vec<QueueSpan>,
     /// Entries of all queues.
     pub queue_entries: Vec<u32>,
+    /// Format of all matrices.
+    pub format: WeightFormat,
     /// Shared sizes.
     pub dims: Dims,
     /// The heap.
@@ -208,6 +210,9 @@ impl<'a> Builder<'a> {
                     (u64::from(part.rows) * u64::from(tile) / u64::from(tile_count)) as u32
                 };
                 let first = at(tile);
+                if at(tile + 1) == first {
+                    continue;
+                }
                 *segment = Segment {
                     weights: part.weights + u64::from(first) * row_bytes,
                     bias: if part.bias == 0 { 0 } else { part.bias + u64::from(first) * 4 },
@@ -363,6 +368,7 @@ impl<'a> Builder<'a> {
             tensors: self.tensors,
             queue_spans,
             queue_entries,
+            format: self.options.format,
             dims,
             plan,
             stage_count: self.stage_count,
