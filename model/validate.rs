@@ -26,8 +26,11 @@ mod tests;
 use tilert_mk_shared::limits::{
     HEAD_DIM_MAX, HEADS_PER_KV_MAX, SLOT_COUNT_MAX, STEP_TOKENS_MAX, VOCAB_MAX, WORKER_COUNT_MAX,
 };
-use tilert_mk_shared::program::HeapPlan;
+use tilert_mk_shared::program::{Dims, HeapPlan};
 
+use crate::config::{
+    HIDDEN_DIM_MAX, INTERMEDIATE_DIM_MAX, LAYER_COUNT_MAX, POSITION_COUNT_MAX, QUERY_DIM_MAX,
+};
 use crate::lower::{Program, TENSOR_SHIFT};
 
 pub use access::Region;
@@ -75,34 +78,12 @@ fn name(program: &Program, task_idx: u32) -> String {
 
 /// The sizes that everything else is checked against.
 fn check_sizes(program: &Program) -> Result<(), ValidateError> {
-    let (dims, kv) = (&program.dims, &program.dims.kv);
+    let dims = &program.dims;
     let worker_count = (program.queue_spans.len() as u64).saturating_sub(1);
+    check_dims(dims, worker_count)?;
     let any = u64::from(u32::MAX);
-    let sizes = [
-        ("the number of workers", worker_count, u64::from(WORKER_COUNT_MAX)),
-        ("the number of tasks", program.tasks.len() as u64, any),
-        ("the number of events", program.event_arrivals.len() as u64, any - 1),
-        ("step_tokens_max", dims.step_tokens_max.into(), STEP_TOKENS_MAX.into()),
-        ("slot_count", kv.slot_count.into(), SLOT_COUNT_MAX.into()),
-        ("context_max", kv.context_max.into(), any),
-        ("layer_count", kv.layer_count.into(), any),
-        ("head_dim", kv.head_dim.into(), HEAD_DIM_MAX.into()),
-        ("head_count", dims.head_count.into(), any),
-        ("kv_head_count", kv.kv_head_count.into(), dims.head_count.into()),
-        ("hidden_dim", dims.hidden_dim.into(), any),
-        ("intermediate_dim", dims.intermediate_dim.into(), any),
-        ("vocab_size", dims.vocab_size.into(), VOCAB_MAX.into()),
-    ];
-    for (what, value, limit) in sizes {
-        if value == 0 || value > limit {
-            return Err(ValidateError::Limit { what, value, limit });
-        }
-    }
-    let group = u64::from(dims.head_count.div_ceil(kv.kv_head_count));
-    if group > u64::from(HEADS_PER_KV_MAX) || !dims.head_count.is_multiple_of(kv.kv_head_count) {
-        let (what, limit) = ("head_count / kv_head_count", u64::from(HEADS_PER_KV_MAX));
-        return Err(ValidateError::Limit { what, value: group, limit });
-    }
+    bound("the number of tasks", program.tasks.len() as u64, any)?;
+    bound("the number of events", program.event_arrivals.len() as u64, any - 1)?;
     if program.names.len() != program.tasks.len() {
         let (found, expected) = (program.names.len() as u64, program.tasks.len() as u64);
         return Err(ValidateError::Count { what: "names of tasks", found, expected });
@@ -112,9 +93,34 @@ fn check_sizes(program: &Program) -> Result<(), ValidateError> {
         return Err(ValidateError::Plan);
     }
     // Heap offsets and names of weights share the references of a task.
-    let (what, value, limit) = ("the heap in bytes", program.plan.total_bytes, 1 << TENSOR_SHIFT);
-    if value >= limit {
-        return Err(ValidateError::Limit { what, value, limit });
+    bound("the heap in bytes", program.plan.total_bytes, (1 << TENSOR_SHIFT) - 1)
+}
+
+/// The sizes of a model and of an engine, before there is a program.
+pub(crate) fn check_dims(dims: &Dims, worker_count: u64) -> Result<(), ValidateError> {
+    let kv = &dims.kv;
+    bound("the number of workers", worker_count, WORKER_COUNT_MAX.into())?;
+    bound("step_tokens_max", dims.step_tokens_max.into(), STEP_TOKENS_MAX.into())?;
+    bound("slot_count", kv.slot_count.into(), SLOT_COUNT_MAX.into())?;
+    bound("context_max", kv.context_max.into(), POSITION_COUNT_MAX.into())?;
+    bound("layer_count", kv.layer_count.into(), LAYER_COUNT_MAX.into())?;
+    bound("head_dim", kv.head_dim.into(), HEAD_DIM_MAX.into())?;
+    bound("head_count", dims.head_count.into(), QUERY_DIM_MAX.into())?;
+    bound("kv_head_count", kv.kv_head_count.into(), dims.head_count.into())?;
+    bound("hidden_dim", dims.hidden_dim.into(), HIDDEN_DIM_MAX.into())?;
+    bound("intermediate_dim", dims.intermediate_dim.into(), INTERMEDIATE_DIM_MAX.into())?;
+    bound("vocab_size", dims.vocab_size.into(), VOCAB_MAX.into())?;
+    let group = dims.head_count.div_ceil(kv.kv_head_count);
+    bound("head_count / kv_head_count", group.into(), HEADS_PER_KV_MAX.into())?;
+    if dims.head_count.is_multiple_of(kv.kv_head_count) {
+        return Ok(());
     }
-    Ok(())
+    let (found, expected) = (dims.head_count, group * kv.kv_head_count);
+    let (found, expected) = (found.into(), expected.into());
+    Err(ValidateError::Count { what: "query heads", found, expected })
+}
+
+fn bound(what: &'static str, value: u64, limit: u64) -> Result<(), ValidateError> {
+    let is_inside = (1..=limit).contains(&value);
+    if is_inside { Ok(()) } else { Err(ValidateError::Limit { what, value, limit }) }
 }
