@@ -66,6 +66,7 @@ fn many_workers_get_equal_rows_of_every_stage() {
         let row_bytes = 14336 * 2;
         // Worker 0 also samples, and attention is dealt to some workers only.
         let other = 128_256 * 4 + ATTENTION_POSITIONS_NOMINAL * 128 * 8;
+        println!("{worker_count} workers: {least} to {most} weight bytes each");
         assert!(most - least <= other + 4 * row_bytes, "{least} to {most} bytes");
         assert!(program.dims.task_rows_max <= SEGMENT_ROWS_MAX);
     }
