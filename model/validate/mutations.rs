@@ -135,16 +135,25 @@ fn confuses_prologues(p: &Program) -> bool {
 }
 
 /// The damaged program with its tensors named as in the original, if all that use a tensor there
-/// use one tensor here, and the other way round: that is a sound program for another network.
+/// use one tensor here, and the other way round, or if a whole bias has gone to another operator:
+/// those are sound programs for other networks.
 fn rename_back(damaged: &Program, original: &Program) -> Program {
     let (mut there, mut back) = (HashMap::new(), HashMap::new());
     let mut renamed = damaged.clone();
+    let references = |p: &Program| {
+        let mut all: Vec<u64> = p.tasks.iter().flat_map(|task| task.refs).collect();
+        all.sort_unstable();
+        all
+    };
+    let is_permuted = references(damaged) == references(original);
     for (task, before) in renamed.tasks.iter_mut().zip(&original.tasks) {
         for (reference, before) in task.refs.iter_mut().zip(before.refs) {
             let [index, index_before] = [*reference, before].map(|name| name >> TENSOR_SHIFT);
-            let is_same = (*reference ^ before) & ((1 << TENSOR_SHIFT) - 1) == 0
-                && *there.entry(index_before).or_insert(index) == index
-                && *back.entry(index).or_insert(index_before) == index_before;
+            let has_moved = is_permuted && *reference != before && (*reference == 0 || before == 0);
+            let is_same = has_moved
+                || (*reference ^ before) & ((1 << TENSOR_SHIFT) - 1) == 0
+                    && *there.entry(index_before).or_insert(index) == index
+                    && *back.entry(index).or_insert(index_before) == index_before;
             if !is_same {
                 return damaged.clone();
             }
