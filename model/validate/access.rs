@@ -143,8 +143,7 @@ impl Accesses {
     /// `Admit` starts and cancels sequences and composes the step.
     pub(super) fn admit(&mut self) {
         self.write(Region::Step, 0, 1);
-        self.read(Region::Tokens, 0, 1);
-        for region in [Region::Sequences, Region::TokenMarks, Region::Mailbox] {
+        for region in [Region::Sequences, Region::Tokens, Region::TokenMarks, Region::Mailbox] {
             self.update(region);
         }
     }
