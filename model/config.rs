@@ -2,15 +2,17 @@
 //!
 //! Invariant: a `ModelConfig` made by `parse` can be used for sizes without further checks. Every
 //! number is inside the bounds named here, so no product of two or three of them overflows `u64`.
-//! All family differences become plain flags here; the rest of the crate never asks for a name.
+//! Differences of families become plain flags here, by what `families.rs` says of each.
 //! Reads hub files and files saved by transformers 5 (`rope_parameters`). Opens no file.
 //! Source: `transformers` configuration classes of llama, mistral, qwen2 and qwen3.
 
 mod fields;
 mod rope_keys;
 
+use crate::families::{AttentionBias, Window};
 use fields::Fields;
-use std::fmt;
+
+pub use crate::families::Architecture;
 
 /// Most layers accepted.
 pub const LAYER_COUNT_MAX: u32 = 1024;
@@ -32,50 +34,6 @@ pub const EOS_COUNT_MAX: usize = 64;
 pub const DIM_MULTIPLE: u32 = 8;
 /// First windowed layer of Qwen files that do not name it (default of the Python classes).
 const WINDOW_FIRST_LAYER: u32 = 28;
-
-/// A family of networks: which tensors exist and what happens between them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Architecture {
-    /// Llama 2 and 3, and everything published under the same class, such as SmolLM2.
-    Llama,
-    /// Mistral: Llama with an optional sliding window on every layer.
-    Mistral,
-    /// Qwen2 and Qwen2.5: Llama with biases on q, k and v that no config key mentions.
-    Qwen2,
-    /// Qwen3 dense: Llama with an RMSNorm on every query and key head before RoPE.
-    Qwen3,
-}
-
-impl Architecture {
-    /// All families, in the order in which error messages list them.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
-
-    /// The `model_type` of the family in `config.json`.
-    pub const fn model_type(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Mistral => "mistral",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-        }
-    }
-
-    /// The class name in `architectures` of `config.json`.
-    pub const fn class_name(self) -> &'static str {
-        match self {
-            Self::Llama => "LlamaForCausalLM",
-            Self::Mistral => "MistralForCausalLM",
-            Self::Qwen2 => "Qwen2ForCausalLM",
-            Self::Qwen3 => "Qwen3ForCausalLM",
-        }
-    }
-}
-
-impl fmt::Display for Architecture {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(self.model_type())
-    }
-}
 
 /// How positions turn into rotation angles; `model/rope.rs` does the arithmetic.
 #[derive(Clone, Debug, PartialEq)]
@@ -229,7 +187,9 @@ impl ModelConfig {
         let layer_count = fields.integer("num_hidden_layers", 1..=LAYER_COUNT_MAX)?;
         let vocab_size = fields.integer("vocab_size", 1..=VOCAB_SIZE_MAX)?;
         let position_max = fields.integer("max_position_embeddings", 1..=POSITION_COUNT_MAX)?;
-        let attention_bias = fields.boolean("attention_bias")?.unwrap_or(false);
+        let family = architecture.family();
+        let has_bias = fields.boolean("attention_bias")? == Some(true);
+        let has_bias = has_bias && family.attention_bias == AttentionBias::ByKey;
         let eos_ids = fields.token_ids("eos_token_id", vocab_size)?.unwrap_or_default();
         let bos_id = fields.optional_integer("bos_token_id", 0..=vocab_size - 1)?;
         Ok(Self {
@@ -245,11 +205,11 @@ impl ModelConfig {
             rms_norm_eps: fields.number("rms_norm_eps", 1e-12..=1.0)?.unwrap_or(1e-6) as f32,
             rope: rope_keys::rope(&fields, position_max)?,
             tied_head: fields.boolean("tie_word_embeddings")?.unwrap_or(false),
-            qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
-            output_bias: architecture != Architecture::Qwen2 && attention_bias,
+            qkv_bias: has_bias || family.attention_bias == AttentionBias::QkvAlways,
+            output_bias: has_bias,
             mlp_bias: fields.boolean("mlp_bias")?.unwrap_or(false),
-            qk_norm: architecture == Architecture::Qwen3,
-            sliding_window: sliding_window(&fields, architecture, layer_count)?,
+            qk_norm: family.has_qk_norm,
+            sliding_window: sliding_window(&fields, family.window, layer_count)?,
             eos_ids,
             bos_id,
         })
@@ -302,7 +262,7 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ConfigError> {
 }
 
 /// Refuses what would change the result and is not implemented, instead of ignoring it.
-fn refuse_unsupported(fields: &Fields<'_>, family: Architecture) -> Result<(), ConfigError> {
+fn refuse_unsupported(fields: &Fields<'_>, architecture: Architecture) -> Result<(), ConfigError> {
     if fields.text("hidden_act")?.is_some_and(|name| name != "silu") {
         return Err(fields.refuse("hidden_act", "silu"));
     }
@@ -313,12 +273,12 @@ fn refuse_unsupported(fields: &Fields<'_>, family: Architecture) -> Result<(), C
         return Err(fields.refuse("rope_interleaved", "false"));
     }
     let has_mlp_bias = fields.boolean("mlp_bias")? == Some(true);
-    if has_mlp_bias && family != Architecture::Llama {
-        return Err(fields.refuse("mlp_bias", &format!("false for {family}")));
+    if has_mlp_bias && !architecture.family().may_have_mlp_bias {
+        return Err(fields.refuse("mlp_bias", &format!("false for {architecture}")));
     }
     let has_attention_bias = fields.boolean("attention_bias")? == Some(true);
-    if has_attention_bias && family == Architecture::Mistral {
-        return Err(fields.refuse("attention_bias", "false for mistral"));
+    if has_attention_bias && architecture.family().attention_bias == AttentionBias::Never {
+        return Err(fields.refuse("attention_bias", &format!("false for {architecture}")));
     }
     Ok(())
 }
@@ -371,14 +331,14 @@ fn heads(fields: &Fields<'_>, hidden_dim: u32) -> Result<(u32, u32, u32), Config
 /// only if `use_sliding_window` is set. A network that mixes both kinds of layer is refused.
 fn sliding_window(
     fields: &Fields<'_>,
-    family: Architecture,
+    source: Window,
     layer_count: u32,
 ) -> Result<Option<u32>, ConfigError> {
     let window = || fields.optional_integer("sliding_window", 1..=u32::MAX);
-    match family {
-        Architecture::Llama => Ok(None),
-        Architecture::Mistral => window(),
-        Architecture::Qwen2 | Architecture::Qwen3 => {
+    match source {
+        Window::Never => Ok(None),
+        Window::EveryLayer => window(),
+        Window::BySwitch => {
             if fields.boolean("use_sliding_window")? != Some(true) {
                 return Ok(None);
             }

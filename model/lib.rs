@@ -5,7 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+pub mod families;
+pub mod graph;
 pub mod lower;
+mod place;
 pub mod reference;
 pub mod rope;
+mod schedule;
+pub mod validate;
 pub mod weights;

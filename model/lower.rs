@@ -1,18 +1,27 @@
 //! Lowering: a model's operators become tile tasks with events, dealt to the workers' queues.
 //!
+//! Each operator is one stage: its tasks wait for the event of the stage before and signal their
+//! own. How an operator is cut into tiles changes who computes a row, never a bit of it.
+//!
 //! Weights are named by index into `Program::tensors`, with a byte offset: `(index + 1) << 40 |
 //! offset`. The host replaces the names by addresses when it has loaded the weights.
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::kv::KvGeometry;
+use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
 use tilert_mk_shared::program::{Dims, HeapPlan};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Prologue, Segment, Task, TokenRows,
-    WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Segment, Task, WeightFormat,
 };
 
 use crate::config::ModelConfig;
+use crate::graph::{Graph, Kind, Linear, Matrix, TensorIdx, Value};
+use crate::place::{StageCosts, place};
+use crate::schedule::queues;
+use crate::validate::{ValidateError, check_dims, validate};
+
+pub use crate::graph::Tensor;
 
 /// A model that cannot be lowered.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +34,9 @@ pub enum LowerError {
         /// Positions it has.
         limit: u32,
     },
+    /// Sizes outside the bounds of the runtime, or a program that is not proved to be safe.
+    #[error("the model cannot be run: {0}")]
+    Invalid(#[from] ValidateError),
 }
 
 /// What the engine decides.
@@ -40,19 +52,11 @@ pub struct LowerOptions {
     pub step_tokens_max: u32,
     /// Format of the matrices.
     pub format: WeightFormat,
-    /// Weight bytes of a linear task, about.
+    /// Weight bytes of a linear task at most, about. `u64::MAX` makes as few tiles as possible: one
+    /// for each worker, or more where a tile would have too many rows.
     pub tile_bytes: u64,
     /// Rows of a linear task, over all its segments, at most.
     pub tile_rows_max: u32,
-}
-
-/// A tensor the program reads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tensor {
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// Its shape, outermost first.
-    pub shape: Vec<u64>,
 }
 
 /// A lowered model.
@@ -72,6 +76,8 @@ pub struct Program {
     pub queue_spans: Vec<QueueSpan>,
     /// Entries of all queues.
     pub queue_entries: Vec<u32>,
+    /// Format of all matrices.
+    pub format: WeightFormat,
     /// Shared sizes.
     pub dims: Dims,
     /// The heap.
@@ -83,48 +89,45 @@ pub struct Program {
 /// Bits of a weight name below the tensor's index.
 pub const TENSOR_SHIFT: u32 = 40;
 
-struct Builder<'a> {
-    config: &'a ModelConfig,
-    options: LowerOptions,
-    tasks: Vec<Task>,
-    names: Vec<String>,
-    homes: Vec<u32>,
-    event_arrivals: Vec<u32>,
-    tensors: Vec<Tensor>,
-    stage_count: u32,
-    prologue_count: u32,
-}
+/// Positions of the sequence for which attention is given its share of the work. Short sequences
+/// are the common case, and with long ones attention is spread by its own splits.
+const ATTENTION_POSITIONS_NOMINAL: u64 = 512;
 
-/// A matrix and, if it has one, its bias.
-struct Matrix {
-    weights: u64,
-    bias: u64,
-    rows: u32,
-    out_first: u32,
-}
-
-/// Lowers a dense decoder.
+/// Lowers a dense decoder to a program that has been proved safe to run.
 ///
-/// Errors: a context that the model does not have.
+/// Errors:  a context that the model does not have; sizes outside `shared/limits.rs`.
+/// Cost:    proportional to the tasks; 20 000 take some 20 ms, a third of it for the proof.
 pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, LowerError> {
     let limit = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
     if options.context_max > limit {
         return Err(LowerError::Context { wanted: options.context_max, limit });
     }
     let mut dims = dims(config, options);
+    check_dims(&dims, options.worker_count.into())?;
     // Events and scratch, whose sizes only the tasks tell, follow every region that a task names.
     let draft = HeapPlan::new(&dims, options.worker_count, 0);
-    let builder = Builder::new(config, *options).build(&draft);
-    dims.task_rows_max = builder
-        .tasks
-        .iter()
-        .filter(|task| task.opcode == Opcode::Linear as u16)
-        .map(|task| LinearArgs::unpack(task).row_count())
-        .max()
-        .unwrap_or(1);
-    let event_count = builder.event_arrivals.len() as u32;
-    let plan = HeapPlan::new(&dims, options.worker_count, event_count);
-    Ok(builder.finish(dims, plan))
+    let graph = Graph::new(config);
+    let Builder { tasks, names, homes, event_arrivals, rows_max, .. } =
+        Builder::new(options, &dims, &draft).build(&graph);
+    dims.task_rows_max = rows_max;
+    let plan = HeapPlan::new(&dims, options.worker_count, event_arrivals.len() as u32);
+    let (queue_spans, queue_entries) = queues(&homes, options.worker_count);
+    let program = Program {
+        tasks,
+        names,
+        event_arrivals,
+        begin_event: BEGIN,
+        queue_spans,
+        queue_entries,
+        format: options.format,
+        dims,
+        plan,
+        // The operators, between admission and sampling.
+        stage_count: graph.operators.len() as u32 + 2,
+        tensors: graph.tensors,
+    };
+    validate(&program)?;
+    Ok(program)
 }
 
 fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
@@ -137,7 +140,7 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         attention_scale: 1.0 / (config.head_dim as f32).sqrt(),
         step_tokens_max: options.step_tokens_max,
         task_rows_max: 1,
-        prologue_dim_max: config.hidden_dim.max(config.head_count * config.head_dim),
+        prologue_dim_max: config.hidden_dim.max(config.query_dim()),
         reserved: 0,
         kv: KvGeometry {
             layer_count: config.layer_count,
@@ -150,228 +153,234 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
     }
 }
 
+/// Event of `Sample`, for which the next step's `Admit` waits.
+const END: EventId = EventId(0);
+/// Event of `Admit`.
+const BEGIN: EventId = EventId(1);
+/// Worker of the tasks that come once in a step: they share the sequences' state.
+const CONTROL_HOME: u32 = 0;
+
+struct Builder<'a> {
+    options: &'a LowerOptions,
+    dims: &'a Dims,
+    plan: &'a HeapPlan,
+    tasks: Vec<Task>,
+    names: Vec<String>,
+    homes: Vec<u32>,
+    event_arrivals: Vec<u32>,
+    /// Costs of the stages that are dealt to all workers.
+    costs: Vec<StageCosts>,
+    rows_max: u32,
+}
+
 impl<'a> Builder<'a> {
-    fn new(config: &'a ModelConfig, options: LowerOptions) -> Self {
+    fn new(options: &'a LowerOptions, dims: &'a Dims, plan: &'a HeapPlan) -> Self {
         Builder {
-            config,
             options,
+            dims,
+            plan,
             tasks: Vec::new(),
             names: Vec::new(),
             homes: Vec::new(),
-            event_arrivals: Vec::new(),
-            tensors: Vec::new(),
-            stage_count: 0,
-            prologue_count: 0,
+            event_arrivals: vec![0; 2],
+            costs: Vec::new(),
+            rows_max: 1,
         }
     }
 
-    /// Names a tensor; each is asked for once.
-    fn tensor(&mut self, name: String, shape: &[u64]) -> u64 {
-        self.tensors.push(Tensor { name, shape: shape.to_vec() });
-        (self.tensors.len() as u64) << TENSOR_SHIFT
+    /// Adds a task that waits for all of `wait` and signals `signal`.
+    fn push(&mut self, mut task: Task, wait: EventId, signal: EventId, name: String) {
+        task.wait_event = wait;
+        task.wait_count = self.event_arrivals[wait.0 as usize];
+        task.signal_event = signal;
+        if signal.is_some() {
+            self.event_arrivals[signal.0 as usize] += 1;
+        }
+        self.tasks.push(task);
+        self.names.push(name);
     }
 
+    /// A new event.
     fn event(&mut self) -> EventId {
         self.event_arrivals.push(0);
         EventId(self.event_arrivals.len() as u32 - 1)
     }
 
-    /// Adds a task that waits for all of `wait` and signals `signal`.
-    fn push(&mut self, mut task: Task, wait: EventId, signal: EventId, home: u32, name: String) {
-        task.wait_event = wait;
-        task.wait_count = self.event_arrivals[wait.0 as usize];
-        task.signal_event = signal;
-        self.event_arrivals[signal.0 as usize] += 1;
-        self.tasks.push(task);
-        self.homes.push(home);
-        self.names.push(name);
-    }
-
-    fn matrix(&mut self, name: &str, rows: u32, columns: u32, has_bias: bool) -> Matrix {
-        let shape = [u64::from(rows), u64::from(columns)];
-        let weights = self.tensor(format!("{name}.weight"), &shape);
-        let bias = if has_bias { self.tensor(format!("{name}.bias"), &shape[..1]) } else { 0 };
-        Matrix { weights, bias, rows, out_first: 0 }
-    }
-
-    /// One stage of linear tasks: each takes the same share of the rows of every matrix.
-    fn linear(&mut self, args: LinearArgs, parts: &[Matrix], wait: EventId, name: &str) -> EventId {
-        let signal = self.event();
-        let row_bytes = u64::from(args.in_dim) * args.format.value_bytes();
-        let rows = parts.iter().map(|part| part.rows).max().unwrap_or(1);
-        let all_bytes = parts.iter().map(|part| u64::from(part.rows)).sum::<u64>() * row_bytes;
-        let all_rows = parts.iter().map(|part| part.rows).sum::<u32>();
-        // Each segment of a tile may have a row more than its share.
-        let rows_max = self.options.tile_rows_max - parts.len() as u32;
-        let tiles = all_bytes.div_ceil(self.options.tile_bytes);
-        let tiles = tiles.max(u64::from(all_rows.div_ceil(rows_max)));
-        let tile_count = (tiles as u32).next_multiple_of(self.options.worker_count).min(rows);
-        self.prologue_count += 1;
-        for tile in 0..tile_count {
-            let mut args = LinearArgs { prologue_key: self.prologue_count, ..args };
-            for (segment, part) in args.segments.iter_mut().zip(parts) {
-                let at = |tile: u32| {
-                    (u64::from(part.rows) * u64::from(tile) / u64::from(tile_count)) as u32
-                };
-                let first = at(tile);
-                *segment = Segment {
-                    weights: part.weights + u64::from(first) * row_bytes,
-                    bias: if part.bias == 0 { 0 } else { part.bias + u64::from(first) * 4 },
-                    row_count: at(tile + 1) - first,
-                    out_first: part.out_first + first,
-                };
+    fn build(mut self, graph: &Graph) -> Self {
+        self.push(Task::new(Opcode::Admit), END, BEGIN, "admit".into());
+        let mut ready = BEGIN;
+        for operator in &graph.operators {
+            let done = self.event();
+            match &operator.kind {
+                Kind::Embed { table } => {
+                    let (format, hidden) = (self.options.format, self.plan.hidden);
+                    let args = EmbedArgs { format, table: named(*table, 0), hidden };
+                    self.push(args.pack(), ready, done, operator.name.clone());
+                }
+                Kind::Linear(linear) => self.linear(linear, ready, done, &operator.name),
+                Kind::Attention { layer_idx, query_norm, key_norm } => {
+                    let norms = [*query_norm, *key_norm];
+                    self.attention(*layer_idx, norms, ready, done, &operator.name);
+                }
             }
-            let home = tile * self.options.worker_count / tile_count;
-            self.push(args.pack(), wait, signal, home, format!("{name} tile {tile}"));
+            ready = done;
         }
-        self.stage_count += 1;
-        signal
-    }
-
-    fn build(mut self, plan: &HeapPlan) -> Self {
-        let c = self.config;
-        let (hidden, vocab) = (c.hidden_dim, c.vocab_size);
-        let shape = [u64::from(vocab), u64::from(hidden)];
-        let table = self.tensor("model.embed_tokens.weight".into(), &shape);
-        let (end, begin, embedded) = (self.event(), self.event(), self.event());
-        self.push(Task::new(Opcode::Admit), end, begin, 0, "admit".into());
-        let embed = EmbedArgs { format: self.options.format, table, hidden: plan.hidden };
-        self.push(embed.pack(), begin, embedded, 0, "embed".into());
-        let mut ready = embedded;
-        for layer_idx in 0..c.layer_count {
-            ready = self.layer(plan, layer_idx, ready);
-        }
-        let head = if c.tied_head {
-            Matrix { weights: table, bias: 0, rows: vocab, out_first: 0 }
-        } else {
-            self.matrix("lm_head", vocab, hidden, false)
-        };
-        let norm = self.tensor("model.norm.weight".into(), &shape[1..]);
-        let args = LinearArgs {
-            token_rows: TokenRows::Logits,
-            ..self.args(Prologue::RmsNorm, Epilogue::Store, hidden, plan.hidden, hidden, norm)
-        };
-        let args = LinearArgs { y: plan.logits, y_stride: vocab, ..args };
-        let logits = self.linear(args, &[head], ready, "head");
-        self.push(Task::new(Opcode::Sample), logits, end, 0, "sample".into());
-        self.stage_count += 3;
+        self.push(Task::new(Opcode::Sample), ready, END, "sample".into());
         // `Admit` was pushed before its event had a signaller.
-        self.tasks[0].wait_count = 1;
+        self.tasks[0].wait_count = self.event_arrivals[END.0 as usize];
+        self.place();
         self
     }
 
-    fn args(
-        &self,
-        prologue: Prologue,
-        epilogue: Epilogue,
-        in_dim: u32,
-        x: u64,
-        x_stride: u32,
-        norm_weight: u64,
-    ) -> LinearArgs {
-        LinearArgs {
-            prologue,
-            epilogue,
-            token_rows: TokenRows::All,
-            format: self.options.format,
-            in_dim,
-            x_stride,
-            y_stride: 0,
-            prologue_key: 0,
-            x,
-            y: 0,
-            norm_weight,
-            segments: Default::default(),
+    /// One stage of linear tasks.
+    fn linear(&mut self, linear: &Linear, wait: EventId, signal: EventId, name: &str) {
+        let row_bytes = u64::from(linear.in_dim) * self.options.format.value_bytes();
+        let stage_idx = self.costs.len() as u32;
+        let mut costs = StageCosts::new();
+        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, row_bytes)) {
+            let args = LinearArgs {
+                prologue: linear.prologue,
+                epilogue: linear.epilogue,
+                token_rows: linear.token_rows,
+                format: self.options.format,
+                in_dim: linear.in_dim,
+                x_stride: linear.in_dim,
+                y_stride: linear.out_dim,
+                // A prologue is the same for all tiles of its stage, and for no others.
+                prologue_key: stage_idx,
+                x: self.offset(linear.x),
+                y: self.offset(linear.y),
+                norm_weight: linear.norm.map_or(0, |norm| named(norm, 0)),
+                segments: self.segments(linear, rows, row_bytes),
+            };
+            self.rows_max = self.rows_max.max(args.row_count());
+            costs.push(args.weight_bytes());
+            self.push(args.pack(), wait, signal, format!("{name} tile {tile_idx}"));
         }
+        self.costs.push(costs);
     }
 
-    fn layer(&mut self, plan: &HeapPlan, layer_idx: u32, ready: EventId) -> EventId {
-        let c = self.config;
-        let base = format!("model.layers.{layer_idx}");
-        let (hidden, inner) = (c.hidden_dim, c.intermediate_dim);
-        let (query, kv) = (c.head_count * c.head_dim, c.kv_head_count * c.head_dim);
-        let norm = self.tensor(format!("{base}.input_layernorm.weight"), &[hidden.into()]);
-        let mut parts = [
-            self.matrix(&format!("{base}.self_attn.q_proj"), query, hidden, c.qkv_bias),
-            self.matrix(&format!("{base}.self_attn.k_proj"), kv, hidden, c.qkv_bias),
-            self.matrix(&format!("{base}.self_attn.v_proj"), kv, hidden, c.qkv_bias),
-        ];
-        (parts[1].out_first, parts[2].out_first) = (query, query + kv);
-        let args = self.args(Prologue::RmsNorm, Epilogue::Store, hidden, plan.hidden, hidden, norm);
-        let args = LinearArgs { y: plan.qkv, y_stride: query + 2 * kv, ..args };
-        let projected = self.linear(args, &parts, ready, &format!("layer {layer_idx} qkv"));
-        let attended = self.attention(plan, layer_idx, projected);
-
-        let o = self.matrix(&format!("{base}.self_attn.o_proj"), hidden, query, c.output_bias);
-        let args =
-            self.args(Prologue::MergeSplits, Epilogue::AddResidual, query, plan.splits, query, 0);
-        let args = LinearArgs { y: plan.hidden, y_stride: hidden, ..args };
-        let mixed = self.linear(args, &[o], attended, &format!("layer {layer_idx} output"));
-
-        let name = format!("{base}.post_attention_layernorm.weight");
-        let norm = self.tensor(name, &[hidden.into()]);
-        let parts = [
-            self.matrix(&format!("{base}.mlp.gate_proj"), inner, hidden, c.mlp_bias),
-            self.matrix(&format!("{base}.mlp.up_proj"), inner, hidden, c.mlp_bias),
-        ];
-        let args =
-            self.args(Prologue::RmsNorm, Epilogue::SiluMul, hidden, plan.hidden, hidden, norm);
-        let args = LinearArgs { y: plan.intermediate, y_stride: inner, ..args };
-        let gated = self.linear(args, &parts, mixed, &format!("layer {layer_idx} gate-up"));
-
-        let down = self.matrix(&format!("{base}.mlp.down_proj"), hidden, inner, c.mlp_bias);
-        let args =
-            self.args(Prologue::None, Epilogue::AddResidual, inner, plan.intermediate, inner, 0);
-        let args = LinearArgs { y: plan.hidden, y_stride: hidden, ..args };
-        self.linear(args, &[down], gated, &format!("layer {layer_idx} down"))
-    }
-
-    fn attention(&mut self, plan: &HeapPlan, layer_idx: u32, wait: EventId) -> EventId {
-        let c = self.config;
-        let signal = self.event();
-        let shape = [u64::from(c.head_dim)];
-        let norm = |builder: &mut Self, which: &str| {
-            let name = format!("model.layers.{layer_idx}.self_attn.{which}_norm.weight");
-            if c.qk_norm { builder.tensor(name, &shape) } else { 0 }
+    /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one.
+    ///
+    /// As many tiles as `tile_bytes` asks for, then more until every worker has equally many.
+    fn tiles(&self, linear: &Linear, row_bytes: u64) -> impl Iterator<Item = [u32; 2]> + use<> {
+        let workers = self.options.worker_count;
+        let rows = linear.matrices.iter().map(|matrix| matrix.row_count);
+        let (units, unit_rows) = match linear.epilogue {
+            Epilogue::SiluMul => (rows.min().unwrap_or(0), linear.matrices.len() as u32),
+            _ => (rows.sum(), 1),
         };
-        let (query_norm, key_norm) = (norm(self, "q"), norm(self, "k"));
-        for kv_head_idx in 0..c.kv_head_count {
+        let bytes = u64::from(units) * u64::from(unit_rows) * row_bytes;
+        let wanted = bytes.div_ceil(self.options.tile_bytes.max(1)).min(units.into()) as u32;
+        let rows_max = self.options.tile_rows_max.clamp(unit_rows, SEGMENT_ROWS_MAX);
+        let least = units.div_ceil(rows_max / unit_rows);
+        let even = wanted.max(least).max(1).next_multiple_of(workers);
+        let count = match even {
+            even if even <= units => even,
+            _ if units >= workers => units / workers * workers,
+            _ => units,
+        };
+        let at =
+            move |tile: u32| (u64::from(units) * u64::from(tile) / u64::from(count.max(1))) as u32;
+        (0..count).map(move |tile| [at(tile), at(tile + 1)])
+    }
+
+    /// The rows `first` to `end` of an operator, as rows of its matrices.
+    ///
+    /// Matrices follow each other, except gate and up, of which each has the same rows.
+    fn segments(&self, linear: &Linear, [first, end]: [u32; 2], row_bytes: u64) -> [Segment; 3] {
+        let mut segments = [Segment::default(); 3];
+        let mut base = 0;
+        for (segment, matrix) in segments.iter_mut().zip(&linear.matrices) {
+            let (from, to) = (first.max(base) - base, end.max(base) - base);
+            let (from, to) = (from.min(matrix.row_count), to.min(matrix.row_count));
+            if from < to {
+                *segment = rows_of(matrix, from, to, row_bytes);
+            }
+            if linear.epilogue != Epilogue::SiluMul {
+                base += matrix.row_count;
+            }
+        }
+        segments
+    }
+
+    /// One stage of attention: a task for each KV head.
+    fn attention(
+        &mut self,
+        layer_idx: u32,
+        norms: [Option<TensorIdx>; 2],
+        wait: EventId,
+        signal: EventId,
+        name: &str,
+    ) {
+        let kv = &self.dims.kv;
+        let [query_norm, key_norm] = norms.map(|norm| norm.map_or(0, |norm| named(norm, 0)));
+        let positions = ATTENTION_POSITIONS_NOMINAL.min(kv.context_max.into());
+        let cost = positions * u64::from(kv.head_dim) * 2 * size_of::<f32>() as u64;
+        self.costs.push(vec![cost; kv.kv_head_count as usize]);
+        for kv_head_idx in 0..kv.kv_head_count {
             let args = AttentionArgs {
                 layer_idx,
                 kv_head_idx,
-                qkv: plan.qkv,
-                splits: plan.splits,
+                qkv: self.plan.qkv,
+                splits: self.plan.splits,
                 query_norm,
                 key_norm,
             };
-            let home = kv_head_idx * self.options.worker_count / c.kv_head_count;
-            let name = format!("layer {layer_idx} attention head {kv_head_idx}");
-            self.push(args.pack(), wait, signal, home, name);
+            self.push(args.pack(), wait, signal, format!("{name} head {kv_head_idx}"));
         }
-        self.stage_count += 1;
-        signal
     }
 
-    fn finish(self, dims: Dims, plan: HeapPlan) -> Program {
-        let (mut queue_spans, mut queue_entries) = (Vec::new(), Vec::new());
-        for worker_idx in 0..=self.options.worker_count {
-            let first = queue_entries.len() as u32;
-            let own = (0..self.tasks.len()).filter(|task| self.homes[*task] == worker_idx);
-            queue_entries.extend(own.map(|task| task as u32));
-            let count = queue_entries.len() as u32 - first;
-            queue_spans.push(QueueSpan { first, count });
+    /// Heap offset of a value.
+    fn offset(&self, value: Value) -> u64 {
+        match value {
+            Value::Hidden => self.plan.hidden,
+            Value::Qkv => self.plan.qkv,
+            Value::Splits => self.plan.splits,
+            Value::Intermediate => self.plan.intermediate,
+            Value::Logits => self.plan.logits,
         }
-        Program {
-            tasks: self.tasks,
-            names: self.names,
-            event_arrivals: self.event_arrivals,
-            begin_event: EventId(1),
-            tensors: self.tensors,
-            queue_spans,
-            queue_entries,
-            dims,
-            plan,
-            stage_count: self.stage_count,
+    }
+
+    /// Finds a worker for each task, and a task for each worker.
+    fn place(&mut self) {
+        let worker_count = self.options.worker_count;
+        let logit_bytes = u64::from(self.dims.vocab_size) * size_of::<f32>() as u64;
+        let mut dealt = place(&self.costs, worker_count, logit_bytes).into_iter();
+        let is_dealt = |task: &Task| {
+            [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16).contains(&task.opcode)
+        };
+        let home = |task: &Task| if is_dealt(task) { dealt.next() } else { None };
+        let homes = self.tasks.iter().map(home).map(|home| home.unwrap_or(CONTROL_HOME));
+        self.homes = homes.collect();
+        // A worker without any task would end, which the host takes for a fault.
+        let mut has_task = vec![false; worker_count as usize];
+        for home in &self.homes {
+            has_task[*home as usize] = true;
+        }
+        for (worker_idx, _) in (0u32..).zip(has_task).filter(|(_, has_task)| !has_task) {
+            let name = format!("idle worker {worker_idx}");
+            self.push(Task::new(Opcode::Empty), BEGIN, EventId::NONE, name);
+            self.homes.push(worker_idx);
         }
     }
 }
+
+/// Name of a byte of a tensor.
+fn named(tensor: TensorIdx, byte: u64) -> u64 {
+    ((u64::from(tensor.0) + 1) << TENSOR_SHIFT) + byte
+}
+
+/// Rows `from` to `to` of a matrix.
+fn rows_of(matrix: &Matrix, from: u32, to: u32, row_bytes: u64) -> Segment {
+    let bias_byte = u64::from(from) * size_of::<f32>() as u64;
+    Segment {
+        weights: named(matrix.weight, u64::from(from) * row_bytes),
+        bias: matrix.bias.map_or(0, |bias| named(bias, bias_byte)),
+        row_count: to - from,
+        out_first: matrix.out_first + from,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -108,13 +108,14 @@ impl Reference {
     pub fn new(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self, ReferenceError> {
         let loader = Loader { config, source };
         let table = [config.vocab_size, config.hidden_dim];
+        let names = &config.architecture.family().names;
         let layers: Result<Vec<_>, _> =
             (0..config.layer_count).map(|layer_idx| loader.layer(layer_idx)).collect();
         Ok(Self {
-            embedding: loader.tensor("model.embed_tokens.weight", &table)?,
+            embedding: loader.tensor(&weight(names.embedding), &table)?,
             layers: layers?,
-            final_norm: loader.tensor("model.norm.weight", &[config.hidden_dim])?,
-            head: loader.tensor_if(!config.tied_head, "lm_head.weight", &table)?,
+            final_norm: loader.tensor(&weight(names.final_norm), &[config.hidden_dim])?,
+            head: loader.tensor_if(!config.tied_head, &weight(names.head), &table)?,
             inv_freq: rope::inv_freq(config),
             attention_factor: rope::attention_factor(config),
             position: 0,
@@ -198,6 +199,11 @@ impl Layer {
     }
 }
 
+/// Name of the weight of a matrix or a norm.
+fn weight(name: &str) -> String {
+    format!("{name}.weight")
+}
+
 /// Reads named tensors and checks them against the configuration.
 struct Loader<'a> {
     config: &'a ModelConfig,
@@ -234,7 +240,7 @@ impl Loader<'_> {
 
     /// A matrix `[rows, columns]` with an optional bias `[rows]`.
     fn linear(&self, name: &str, shape: [u32; 2], biased: bool) -> Result<Linear, ReferenceError> {
-        let weight = self.tensor(&format!("{name}.weight"), &shape)?;
+        let weight = self.tensor(&weight(name), &shape)?;
         let [rows, _] = shape;
         Ok(Linear { weight, bias: self.tensor_if(biased, &format!("{name}.bias"), &[rows])? })
     }
@@ -242,23 +248,24 @@ impl Loader<'_> {
     /// All tensors of one layer, with empty caches.
     fn layer(&self, layer_idx: u32) -> Result<Layer, ReferenceError> {
         let c = self.config;
-        let name = |part: &str| format!("model.layers.{layer_idx}.{part}");
-        let norm = |part: &str| self.tensor(&name(part), &[c.hidden_dim]);
-        let head_norm = |part: &str| self.tensor_if(c.qk_norm, &name(part), &[c.head_dim]);
+        let names = &c.architecture.family().names;
+        let name = |part: &str| names.in_layer(layer_idx, part);
+        let norm = |part: &str| self.tensor(&weight(&name(part)), &[c.hidden_dim]);
+        let head_norm = |part: &str| self.tensor_if(c.qk_norm, &weight(&name(part)), &[c.head_dim]);
         let linear =
             |part: &str, rows, columns, biased| self.linear(&name(part), [rows, columns], biased);
         Ok(Layer {
-            input_norm: norm("input_layernorm.weight")?,
-            query: linear("self_attn.q_proj", c.query_dim(), c.hidden_dim, c.qkv_bias)?,
-            key: linear("self_attn.k_proj", c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
-            value: linear("self_attn.v_proj", c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
-            output: linear("self_attn.o_proj", c.hidden_dim, c.query_dim(), c.output_bias)?,
-            query_norm: head_norm("self_attn.q_norm.weight")?,
-            key_norm: head_norm("self_attn.k_norm.weight")?,
-            post_norm: norm("post_attention_layernorm.weight")?,
-            gate: linear("mlp.gate_proj", c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
-            up: linear("mlp.up_proj", c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
-            down: linear("mlp.down_proj", c.hidden_dim, c.intermediate_dim, c.mlp_bias)?,
+            input_norm: norm(names.input_norm)?,
+            query: linear(names.query, c.query_dim(), c.hidden_dim, c.qkv_bias)?,
+            key: linear(names.key, c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
+            value: linear(names.value, c.kv_dim(), c.hidden_dim, c.qkv_bias)?,
+            output: linear(names.output, c.hidden_dim, c.query_dim(), c.output_bias)?,
+            query_norm: head_norm(names.query_norm)?,
+            key_norm: head_norm(names.key_norm)?,
+            post_norm: norm(names.post_norm)?,
+            gate: linear(names.gate, c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
+            up: linear(names.up, c.intermediate_dim, c.hidden_dim, c.mlp_bias)?,
+            down: linear(names.down, c.hidden_dim, c.intermediate_dim, c.mlp_bias)?,
             key_cache: Vec::new(),
             value_cache: Vec::new(),
         })

@@ -1,0 +1,186 @@
+//! Which parts of the heap a task touches.
+//!
+//! Rows of activations belong to the tokens of a step, of which every task may process all. So an
+//! access is a range of columns, in all rows; of the KV cache, one head of one layer in all slots;
+//! of everything else, the whole. A worker's scratch is its own and needs no order.
+
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::program::{Dims, HeapPlan};
+
+/// A part of the heap that tasks share, or the mailbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Region {
+    /// Tokens of the step.
+    Step,
+    /// States of the slots.
+    Sequences,
+    /// Tokens of the sequences.
+    Tokens,
+    /// Marks of the tokens that a sequence contains.
+    TokenMarks,
+    /// The residual stream.
+    Hidden,
+    /// Queries, keys and values.
+    Qkv,
+    /// Splits of attention.
+    Splits,
+    /// Between the halves of the feed-forward network.
+    Intermediate,
+    /// Logits.
+    Logits,
+    /// The sampler's workspace.
+    Sample,
+    /// Commands and outputs.
+    Mailbox,
+    /// The KV cache.
+    Kv,
+}
+
+/// Number of regions.
+pub(super) const REGION_KINDS: usize = 12;
+
+impl Region {
+    /// All regions, in the order of their numbers.
+    pub(super) const ALL: [Region; REGION_KINDS] = [
+        Region::Step,
+        Region::Sequences,
+        Region::Tokens,
+        Region::TokenMarks,
+        Region::Hidden,
+        Region::Qkv,
+        Region::Splits,
+        Region::Intermediate,
+        Region::Logits,
+        Region::Sample,
+        Region::Mailbox,
+        Region::Kv,
+    ];
+
+    /// What its accesses count.
+    pub const fn unit(self) -> &'static str {
+        match self {
+            Region::Kv => "head",
+            Region::Hidden | Region::Qkv | Region::Splits | Region::Intermediate => "column",
+            Region::Logits => "column",
+            _ => "part",
+        }
+    }
+
+    /// Whether its contents are made in each step: a read needs a write before it in the step, and
+    /// a write needs a read after it.
+    pub(super) const fn is_step_local(self) -> bool {
+        matches!(
+            self,
+            Region::Step
+                | Region::Hidden
+                | Region::Qkv
+                | Region::Splits
+                | Region::Intermediate
+                | Region::Logits
+        )
+    }
+
+    /// Heap offset and values in a row, of a region whose rows belong to tokens.
+    pub(super) fn rows(self, dims: &Dims, plan: &HeapPlan) -> Option<(u64, u64)> {
+        Some(match self {
+            Region::Hidden => (plan.hidden, dims.hidden_dim.into()),
+            Region::Qkv => (plan.qkv, dims.qkv_dim().into()),
+            Region::Splits => (plan.splits, dims.split_idx(1, 0, 0)),
+            Region::Intermediate => (plan.intermediate, dims.intermediate_dim.into()),
+            Region::Logits => (plan.logits, dims.vocab_size.into()),
+            _ => return None,
+        })
+    }
+}
+
+impl std::fmt::Display for Region {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(match self {
+            Region::Step => "step",
+            Region::Sequences => "sequences",
+            Region::Tokens => "tokens",
+            Region::TokenMarks => "token_marks",
+            Region::Hidden => "hidden",
+            Region::Qkv => "qkv",
+            Region::Splits => "splits",
+            Region::Intermediate => "intermediate",
+            Region::Logits => "logits",
+            Region::Sample => "sample",
+            Region::Mailbox => "mailbox",
+            Region::Kv => "kv",
+        })
+    }
+}
+
+/// A range of a region that a task reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Access {
+    pub(super) region: Region,
+    pub(super) first: u64,
+    pub(super) end: u64,
+    pub(super) is_write: bool,
+}
+
+/// The accesses of one task, collected.
+#[derive(Default)]
+pub(super) struct Accesses(pub(super) Vec<Access>);
+
+impl Accesses {
+    pub(super) fn read(&mut self, region: Region, first: u64, end: u64) {
+        self.0.push(Access { region, first, end, is_write: false });
+    }
+
+    pub(super) fn write(&mut self, region: Region, first: u64, end: u64) {
+        self.0.push(Access { region, first, end, is_write: true });
+    }
+
+    pub(super) fn update(&mut self, region: Region) {
+        self.read(region, 0, 1);
+        self.write(region, 0, 1);
+    }
+
+    /// `Admit` starts and cancels sequences and composes the step.
+    pub(super) fn admit(&mut self) {
+        self.write(Region::Step, 0, 1);
+        for region in [Region::Sequences, Region::Tokens, Region::TokenMarks, Region::Mailbox] {
+            self.update(region);
+        }
+    }
+
+    /// `Sample` reads all logits and moves the sequences on.
+    pub(super) fn sample(&mut self, dims: &Dims) {
+        self.read(Region::Step, 0, 1);
+        self.read(Region::Logits, 0, dims.vocab_size.into());
+        for region in [Region::Sequences, Region::Tokens, Region::TokenMarks] {
+            self.update(region);
+        }
+        self.update(Region::Sample);
+        self.update(Region::Mailbox);
+    }
+
+    /// `Embed` fills all rows of the residual stream.
+    pub(super) fn embed(&mut self, dims: &Dims) {
+        self.read(Region::Step, 0, 1);
+        self.write(Region::Hidden, 0, dims.hidden_dim.into());
+    }
+
+    /// `Attention` appends to its head's part of the cache and attends over it.
+    pub(super) fn attention(&mut self, dims: &Dims, layer_idx: u32, kv_head_idx: u32) {
+        let dim = u64::from(dims.kv.head_dim);
+        let (head_count, group) = (u64::from(dims.head_count), u64::from(dims.heads_per_kv()));
+        let kv_head_count = u64::from(dims.kv.kv_head_count);
+        let kv_head = u64::from(kv_head_idx);
+        let query = kv_head * group;
+        self.read(Region::Step, 0, 1);
+        self.read(Region::Qkv, query * dim, (query + group) * dim);
+        for head in [head_count + kv_head, head_count + kv_head_count + kv_head] {
+            self.read(Region::Qkv, head * dim, (head + 1) * dim);
+        }
+        let split_row = u64::from(ATTENTION_SPLIT_MAX) * u64::from(dims.split_values());
+        self.write(Region::Splits, query * split_row, (query + group) * split_row);
+        let plane = u64::from(layer_idx) * kv_head_count + kv_head;
+        self.read(Region::Kv, plane, plane + 1);
+        self.write(Region::Kv, plane, plane + 1);
+    }
+}
