@@ -17,12 +17,9 @@ use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor, QueueSpan, comes_befo
 use tilert_mk_shared::task::{Opcode, Task};
 use tilert_mk_shared::trace::{TRACE_STOLEN, TraceRecord};
 
-use crate::machine::memory::Span;
+use crate::machine::memory::{Span, check};
 use crate::machine::{CursorCounter, EventCounter, HostCounter, Machine};
-use crate::{event, ops, queue};
-
-/// Polls between two looks at other queues, the stop word and the clock.
-const POLLS_PER_LOOK: u32 = 256;
+use crate::{event, queue};
 
 /// The device stops: the worker leaves its loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +125,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// A typed view of `len` values at a heap offset.
     #[inline(always)]
     pub fn heap<T: Copy>(&self, offset: u64, len: u64) -> Span<T> {
-        assert!(offset + len * size_of::<T>() as u64 <= self.header.plan.total_bytes);
+        check!(offset + len * size_of::<T>() as u64 <= self.header.plan.total_bytes);
         // SAFETY: within the heap by the assertion; regions are aligned to cache lines and valid by
         // the contract of `Worker::new`.
         unsafe { Span::new(self.header.heap + offset, len as usize) }
@@ -137,14 +134,14 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// The counter at an offset of the mailbox.
     #[inline(always)]
     pub fn mailbox_word(&self, offset: usize) -> &'a HostCounter {
-        assert!(offset < size_of::<Mailbox>());
+        check!(offset < size_of::<Mailbox>());
         // SAFETY: the mailbox is valid by the contract of `Worker::new`; its words are only counters.
         unsafe { HostCounter::at(self.header.mailbox + offset as u64) }
     }
 
     #[inline(always)]
     fn event(&self, id: EventId) -> &'a EventCounter {
-        assert!(id.0 < self.header.event_count);
+        check!(id.0 < self.header.event_count);
         let offset = self.header.plan.events + u64::from(id.0) * EVENT_STRIDE_BYTES;
         // SAFETY: one of the header's events; the region holds nothing but counters.
         unsafe { EventCounter::at(self.header.heap + offset) }
@@ -152,7 +149,7 @@ impl<'a, M: Machine> Worker<'a, M> {
 
     #[inline(always)]
     fn cursor(&self, queue_idx: u32) -> &'a CursorCounter {
-        assert!(queue_idx <= self.header.worker_count);
+        check!(queue_idx <= self.header.worker_count);
         let offset = self.header.plan.cursors + u64::from(queue_idx) * CURSOR_STRIDE_BYTES;
         // SAFETY: one of the header's cursors; the region holds nothing but counters.
         unsafe { CursorCounter::at(self.header.heap + offset) }
@@ -182,7 +179,7 @@ impl<'a, M: Machine> Worker<'a, M> {
 
     #[inline(always)]
     fn task(&self, task_idx: u32) -> &'a Task {
-        assert!(task_idx < self.header.task_count);
+        check!(task_idx < self.header.task_count);
         let address = self.header.tasks + u64::from(task_idx) * size_of::<Task>() as u64;
         // SAFETY: one of the header's tasks, which nobody writes, by the contract of `Worker::new`.
         unsafe { &*(address as *const Task) }
@@ -272,7 +269,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         let counter = self.event(claim.task.wait_event);
         let (mut idle_looks, mut deadline_ns) = (0u32, None);
         loop {
-            for _ in 0..POLLS_PER_LOOK {
+            for _ in 0..self.header.polls_per_look {
                 if event::poll(counter, goal) {
                     self.begun_epoch.set(claim.epoch);
                     return Ok(());
@@ -366,7 +363,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     fn execute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
         let started_ns = self.trace_ns();
         match Opcode::from_raw(claim.task.opcode) {
-            Some(opcode) => ops::run(opcode, self, claim)?,
+            Some(opcode) => self.machine.run(self, opcode, claim)?,
             None => {
                 let opcode = u32::from(claim.task.opcode);
                 self.machine.lead(|| {

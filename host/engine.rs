@@ -36,6 +36,8 @@ const CONTEXT_DEFAULT: u32 = 4096;
 const POLL_SLEEP: Duration = Duration::from_micros(100);
 /// Looks at the mailbox between two looks at the device and the caller's wishes, when spinning.
 const LOOKS_PER_CHECK: u32 = 4096;
+/// Polls of an event between two looks at the stop word, the clock and other queues.
+const POLLS_PER_LOOK: u32 = 256;
 /// How long a device may take from its launch to its first sign of life.
 const START_TIME_MAX: Duration = Duration::from_secs(30);
 
@@ -289,7 +291,7 @@ impl Engine {
             begin_event: program.begin_event.0,
             trace_capacity: trace_capacity as u32,
             page_count: device.profile().page_count,
-            reserved: 0,
+            polls_per_look: POLLS_PER_LOOK,
             wait_ns_max: options.wait_ns_max,
             tasks: uploaded(device.as_mut(), "the tasks", bytes_of(&tasks))?,
             queue_spans: uploaded(device.as_mut(), "the queues", bytes_of(&program.queue_spans))?,

@@ -287,14 +287,16 @@ impl<'a> Builder<'a> {
 
     /// The rows `first` to `end` of an operator, as rows of its matrices.
     ///
-    /// Matrices follow each other, except gate and up, of which each has the same rows.
+    /// Matrices follow each other, except gate and up, of which each has the same rows. Segments
+    /// with rows come first.
     fn segments(&self, linear: &Linear, [first, end]: [u32; 2], row_bytes: u64) -> [Segment; 3] {
         let mut segments = [Segment::default(); 3];
+        let mut free = segments.iter_mut();
         let mut base = 0;
-        for (segment, matrix) in segments.iter_mut().zip(&linear.matrices) {
+        for matrix in &linear.matrices {
             let (from, to) = (first.max(base) - base, end.max(base) - base);
             let (from, to) = (from.min(matrix.row_count), to.min(matrix.row_count));
-            if from < to {
+            if from < to && let Some(segment) = free.next() {
                 *segment = rows_of(matrix, from, to, row_bytes);
             }
             if linear.epilogue != Epilogue::SiluMul {

@@ -247,8 +247,8 @@ pub struct ProgramHeader {
     pub trace_capacity: u32,
     /// Pages of each block's ring; 0 on the CPU.
     pub page_count: u32,
-    /// Keeps the addresses aligned.
-    pub reserved: u32,
+    /// Polls of an event between two looks at the stop word, the clock and other queues.
+    pub polls_per_look: u32,
     /// Time after which a wait inside a step is a fault.
     pub wait_ns_max: u64,
     /// Address of `[task_count] Task`.

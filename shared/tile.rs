@@ -26,7 +26,8 @@ pub const PAGE_BYTES: u32 = 16384;
 pub const PAGE_COUNT_MAX: u32 = 16;
 /// Tasks that are staged ahead at most.
 pub const TASK_SLOT_COUNT: u32 = 4;
-/// Bytes from one staged task to the next: the record, then its index and step.
+/// Bytes from one staged task to the next: the record, then its index, its step and its
+/// first page.
 pub const TASK_SLOT_BYTES: u32 = 256;
 /// Rows of a linear task on a GPU, over all its segments, at most.
 pub const TILE_ROWS_MAX: u32 = 64;
@@ -111,7 +112,7 @@ pub const fn shared_bytes(page_count: u32) -> u32 {
     PAGES + page_count * PAGE_BYTES
 }
 
-const _: () = assert!(size_of::<Task>() as u32 + 8 <= TASK_SLOT_BYTES);
+const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
 const _: () = assert!(PARTIALS % 128 == 0 && PRODUCTS % 128 == 0 && INPUTS % 128 == 0);

@@ -4,6 +4,16 @@
 //! into a typed view. Views of the same bytes may exist in several workers; that no two of them
 //! conflict is what the program's events establish, as `model/validate` proves.
 
+/// Asserts, except on a GPU: there a broken assertion could only end the kernel, and the interpreter
+/// of the PTX checks every access against its allocation.
+macro_rules! check {
+    ($($condition:tt)*) => {
+        #[cfg(not(target_arch = "nvptx64"))]
+        assert!($($condition)*);
+    };
+}
+pub(crate) use check;
+
 /// A typed view of `len` values at an address of this device.
 #[derive(Clone, Copy, Debug)]
 pub struct Span<T> {
@@ -25,7 +35,7 @@ impl<T: Copy> Span<T> {
     /// The values `first..first + len` of this view.
     #[inline(always)]
     pub fn sub(&self, first: usize, len: usize) -> Span<T> {
-        assert!(first <= self.len && len <= self.len - first, "a view exceeds its region");
+        check!(first <= self.len && len <= self.len - first, "a view exceeds its region");
         Span { first: self.first.wrapping_add(first), len }
     }
 
@@ -50,7 +60,7 @@ impl<T: Copy> Span<T> {
     /// The value at `index`.
     #[inline(always)]
     pub fn read(&self, index: usize) -> T {
-        assert!(index < self.len, "a read exceeds its region");
+        check!(index < self.len, "a read exceeds its region");
         // SAFETY: in bounds by the assertion; valid, aligned and ordered by the contract of `new`.
         unsafe { self.first.add(index).read() }
     }
@@ -58,7 +68,7 @@ impl<T: Copy> Span<T> {
     /// Stores `value` at `index`.
     #[inline(always)]
     pub fn write(&self, index: usize, value: T) {
-        assert!(index < self.len, "a write exceeds its region");
+        check!(index < self.len, "a write exceeds its region");
         // SAFETY: in bounds by the assertion; valid, aligned and ordered by the contract of `new`.
         unsafe { self.first.add(index).write(value) }
     }
@@ -66,7 +76,7 @@ impl<T: Copy> Span<T> {
     /// The value at `index`, in place. Nobody writes it while the borrow lasts.
     #[inline(always)]
     pub fn get(&self, index: usize) -> &T {
-        assert!(index < self.len, "a borrow exceeds its region");
+        check!(index < self.len, "a borrow exceeds its region");
         // SAFETY: in bounds by the assertion; valid, aligned and ordered by the contract of `new`.
         unsafe { &*self.first.add(index) }
     }
@@ -75,7 +85,7 @@ impl<T: Copy> Span<T> {
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "a view is a name of memory, not its owner")]
     pub fn get_mut(&self, index: usize) -> &mut T {
-        assert!(index < self.len, "a borrow exceeds its region");
+        check!(index < self.len, "a borrow exceeds its region");
         // SAFETY: in bounds by the assertion; valid, aligned and ordered by the contract of `new`.
         unsafe { &mut *self.first.add(index) }
     }

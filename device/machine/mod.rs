@@ -17,9 +17,10 @@ pub mod nvptx;
 #[cfg(target_arch = "nvptx64")]
 pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter, fence_acquire};
 
+use crate::worker::{Claim, Stopped, Worker};
 use memory::Span;
 use tilert_mk_shared::program::Dims;
-use tilert_mk_shared::task::{Task, WeightFormat};
+use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 
 /// Rows of f32 values, `stride` apart.
 #[derive(Clone, Copy, Debug)]
@@ -186,6 +187,15 @@ pub trait Machine {
 
     /// Collective: adds up `amount` by bin over `0..len`; `bins` has 256 entries.
     fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>);
+
+    /// Collective: runs the op of a claimed task; `ops::run`, unless the machine keeps ops apart.
+    #[inline(always)]
+    fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped>
+    where
+        Self: Sized,
+    {
+        crate::ops::run(opcode, worker, claim)
+    }
 
     /// `e^x`, within 2 units in the last place; 0 below -87.
     fn exp(&self, x: f32) -> f32;

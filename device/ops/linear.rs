@@ -1,7 +1,7 @@
 //! Linear: a prologue, rows of up to three matrices times the step's activations, an epilogue.
 
 use tilert_mk_shared::kv::attention_split_count;
-use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_COUNT_MAX};
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Task, TokenRows};
 
@@ -87,7 +87,7 @@ fn store<M: Machine>(
     count: usize,
 ) {
     let mut first = 0;
-    for idx in 0..SEGMENT_COUNT_MAX {
+    for idx in 0..task.segment_count() {
         let segment = task.segment(idx);
         let len = segment.row_count as usize;
         if segment.bias != 0 && len > 0 {
@@ -105,7 +105,7 @@ fn store<M: Machine>(
         worker.machine.silu_mul(y, count, task.segment(0).row_count as usize);
     }
     let mut first = 0;
-    for idx in 0..SEGMENT_COUNT_MAX {
+    for idx in 0..task.segment_count() {
         let segment = task.segment(idx);
         let len = segment.row_count as usize;
         if len == 0 {

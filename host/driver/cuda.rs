@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 
 /// Name of the kernel in the embedded PTX.
 const ENTRY: &str = "tilert_mk";
+/// Environment variable that names PTX to use instead of the embedded one.
+const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 /// Weight bytes of a linear task at most: what `TILE_ROWS_MAX` leaves.
 const TILE_BYTES: u64 = 1 << 20;
 /// Bytes of one upload: the driver stages pageable memory in pieces of about this size.
@@ -117,6 +119,22 @@ fn describe(ordinal: i32) -> Result<Gpu> {
     })
 }
 
+/// The PTX for a GPU: that of the file which `TILERT_MK_KERNEL` names, or the best embedded one.
+fn kernel_text(gpu: &Gpu) -> Result<String> {
+    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
+        return std::fs::read_to_string(&path).map_err(|error| Error::file(path, error));
+    }
+    let fitting = kernels().find(|(capability, _)| *capability <= gpu.capability);
+    fitting.map(|(_, text)| text.to_owned()).ok_or_else(|| {
+        let message = if kernels().next().is_none() {
+            "this build has no GPU kernel: it was built without the device toolchain (README)"
+        } else {
+            "the GPU is too old: compute capability 8.0 is needed"
+        };
+        Error::Device(format!("{}: {message}", gpu.name))
+    })
+}
+
 impl CudaDevice {
     /// Opens the GPU `ordinal` and loads the kernel.
     ///
@@ -126,15 +144,7 @@ impl CudaDevice {
         let gpu = gpus()?.into_iter().find(|gpu| gpu.ordinal == ordinal).ok_or_else(|| {
             Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into())
         })?;
-        let Some((_, text)) = kernels().find(|(capability, _)| *capability <= gpu.capability)
-        else {
-            let message = if kernels().next().is_none() {
-                "this build has no GPU kernel: it was built without the device toolchain (README)"
-            } else {
-                "the GPU is too old: compute capability 8.0 is needed"
-            };
-            return Err(Error::Device(format!("{}: {message}", gpu.name)));
-        };
+        let text = kernel_text(&gpu)?;
         let Some(page_count) = page_count(gpu.shared_bytes) else {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));

@@ -1,6 +1,7 @@
 //! Lowered programs pass; each way to break one is refused with its own error.
 
 use tilert_mk_shared::event::EventId;
+use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
 use tilert_mk_shared::program::HeapPlan;
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{AttentionArgs, LinearArgs, Opcode, Task, WeightFormat};
@@ -37,6 +38,7 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
         step_tokens_max: 8,
         format: WeightFormat::Bf16,
         tile_bytes,
+        tile_rows_max: SEGMENT_ROWS_MAX,
     };
     lower(&ModelConfig::parse(&json).unwrap(), &options).unwrap()
 }

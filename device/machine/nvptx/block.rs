@@ -1,10 +1,11 @@
 //! A block as a worker: the computing warps are its lanes.
 
+use core::arch::asm;
 use core::cell::Cell;
 
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::{Dims, SAMPLE_BIN_COUNT};
-use tilert_mk_shared::task::{Task, WeightFormat};
+use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     COMPUTE_LANES, COMPUTE_WARPS, INPUT_VALUES, INPUTS, PRODUCTS, REDUCTION, WARP_LANES, WORDS,
 };
@@ -16,16 +17,19 @@ use super::memory::{
     load_shared_f32, load_shared_word, store_global, store_shared_f32,
     store_shared_word, widen_f16,
 };
-use super::{attend, fma, multiply, sreg, warp};
+use super::{attend, fma, multiply, ops, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
+use crate::worker::{Claim, Stopped, Worker};
 
 /// How long an idle block sleeps between looks.
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
-const QUAD: usize = 4;
+const QUAD: u32 = 4;
+/// Values of one load of all lanes.
+const STEP: u32 = QUAD * COMPUTE_LANES;
 /// Loads that a lane has in flight when it reads rows.
-const LOADS_AHEAD: usize = 4;
+const LOADS_AHEAD: u32 = 4;
 
 /// The computing part of a block, as one thread sees it.
 pub struct Block {
@@ -35,6 +39,8 @@ pub struct Block {
     pub shared: u32,
     /// The next page to multiply.
     pub pages: PageCursor,
+    /// Shared address of the slot of the task that runs.
+    pub slot: Cell<u32>,
     lead_word: Cell<u32>,
 }
 
@@ -43,7 +49,7 @@ impl Block {
     #[inline(always)]
     pub fn new(thread_idx: u32, shared: u32, page_count: u32) -> Block {
         let pages = PageCursor::new(shared, page_count);
-        Block { thread_idx, shared, pages, lead_word: Cell::new(0) }
+        Block { thread_idx, shared, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
     }
 
     /// Index of this thread's warp.
@@ -90,7 +96,7 @@ impl Block {
 /// all groups of 8 come before the second halves, so that 32 lanes that each read a half of their
 /// group read 512 adjacent bytes.
 #[inline(always)]
-pub fn swizzled(column: usize) -> usize {
+pub fn swizzled(column: u32) -> u32 {
     (column & !255) | (column >> 2 & 1) << 7 | (column & 255) >> 3 << 2 | (column & 3)
 }
 
@@ -172,7 +178,8 @@ impl Machine for Block {
         if !is_kept {
             for row in 0..count {
                 let source = from.row(row, dim);
-                multiply::copy_window(self, source, 0, dim, to.values.sub(row * to.stride, dim.next_multiple_of(256)));
+                let place = to.values.address() + (row * to.stride) as u64 * 4;
+                multiply::copy_window(self, source, 0, dim as u32, place);
             }
             sync_compute();
         }
@@ -188,34 +195,33 @@ impl Machine for Block {
         eps: f32,
         out: Rows,
     ) {
-        let (dim, is_near) = (weight.len(), self.is_near(&out));
-        let first = self.thread_idx as usize * QUAD;
-        let place = |row: usize, column: usize| {
-            let column = if is_near { swizzled(column) } else { column };
-            out.values.address() + (row * out.stride + column) as u64 * 4
+        let dim = weight.len() as u32;
+        let first = self.thread_idx * QUAD;
+        // Blocks of 256 columns stay where they are, and lanes step by multiples of them.
+        let lane_place = if self.is_near(&out) { swizzled(first) } else { first };
+        let place = |row: usize, base: u32, step: u32| {
+            let value = row as u32 * out.stride as u32 + lane_place + base - first + step * STEP;
+            (out.values.address() + u64::from(value) * 4) as *mut Quad
         };
         for row in 0..count {
             let source = from(row).address();
-            let mut sum = 0.0;
-            let mut base = first;
+            let (mut sum, mut base) = (0.0, first);
             while base < dim {
                 let quads = read_quads(source, base, dim, false);
-                for (step, quad) in quads.iter().enumerate() {
-                    let column = base + step * QUAD * COMPUTE_LANES as usize;
-                    if column < dim {
+                for (step, quad) in (0..LOADS_AHEAD).zip(&quads) {
+                    if base + step * STEP < dim {
                         // SAFETY: four adjacent values of the output row, this lane's own.
-                        unsafe { (place(row, column) as *mut Quad).write(*quad) };
+                        unsafe { place(row, base, step).write(*quad) };
                         for value in quad {
                             sum = fma(*value, *value, sum);
                         }
                     }
                 }
-                base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+                base += LOADS_AHEAD * STEP;
             }
             self.block_sum(row, sum);
         }
-        let mut base = first;
-        let mut is_ordered = false;
+        let (mut base, mut is_ordered) = (first, false);
         while base < dim || !is_ordered {
             // The first weights arrive while the block waits for the sums.
             let weights = read_quads(weight.address(), base, dim, true);
@@ -225,18 +231,17 @@ impl Machine for Block {
             }
             for row in 0..count {
                 let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
-                for (step, weight) in weights.iter().enumerate() {
-                    let column = base + step * QUAD * COMPUTE_LANES as usize;
-                    if column < dim {
+                for (step, weight) in (0..LOADS_AHEAD).zip(&weights) {
+                    if base + step * STEP < dim {
                         // SAFETY: as above; this lane wrote these values.
-                        let values = unsafe { &mut *(place(row, column) as *mut Quad) };
-                        for idx in 0..QUAD {
-                            values[idx] = values[idx] * scale * weight[idx];
+                        let values = unsafe { &mut *place(row, base, step) };
+                        for (value, weight) in values.iter_mut().zip(weight) {
+                            *value = *value * scale * weight;
                         }
                     }
                 }
             }
-            base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+            base += LOADS_AHEAD * STEP;
         }
         sync_compute();
     }
@@ -298,9 +303,10 @@ impl Machine for Block {
                 total += weight * part(split, dim + 1);
                 sum = fma(part(split, value), weight, sum);
             }
+            let column = column as u32;
             let place = if is_near { swizzled(column) } else { column };
             // SAFETY: a value of the output row, this lane's own; near rows have whole groups.
-            unsafe { ((out.address() + place as u64 * 4) as *mut f32).write(sum / total) };
+            unsafe { ((out.address() + u64::from(place) * 4) as *mut f32).write(sum / total) };
         });
     }
 
@@ -343,32 +349,31 @@ impl Machine for Block {
     #[inline(always)]
     fn argmax(&self, values: Span<f32>) -> Option<u32> {
         let (mut best, mut largest, mut is_nan) = (u32::MAX, f32::NEG_INFINITY, false);
-        let mut base = self.thread_idx as usize * QUAD;
-        // A vocabulary need not be a multiple of four: the rest is looked at one by one.
-        let whole = values.len() & !(QUAD - 1);
-        let mut look = |value: f32, index: usize| {
+        let mut look = |value: f32, index: u32| {
             is_nan |= value.is_nan();
             if value > largest {
-                (best, largest) = (index as u32, value);
+                (best, largest) = (index, value);
             }
         };
-        let is_aligned = values.address() % 16 == 0;
-        while base < whole && is_aligned {
+        // A vocabulary need not be a multiple of four: the rest is looked at one by one.
+        let len = values.len() as u32;
+        let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
+        let mut base = self.thread_idx * QUAD;
+        while base < whole {
             let quads = read_quads(values.address(), base, whole, false);
-            for (step, quad) in quads.iter().enumerate() {
-                let first = base + step * QUAD * COMPUTE_LANES as usize;
-                for (idx, value) in quad.iter().enumerate() {
-                    if first < whole {
-                        look(*value, first + idx);
+            for (step, quad) in (0..LOADS_AHEAD).zip(&quads) {
+                if base + step * STEP < whole {
+                    for (idx, value) in (0..QUAD).zip(quad) {
+                        look(*value, base + step * STEP + idx);
                     }
                 }
             }
-            base += LOADS_AHEAD * QUAD * COMPUTE_LANES as usize;
+            base += LOADS_AHEAD * STEP;
         }
-        let mut index = self.thread_idx as usize + if is_aligned { whole } else { 0 };
-        while index < values.len() {
-            look(values.read(index), index);
-            index += COMPUTE_LANES as usize;
+        let mut index = whole + self.thread_idx;
+        while index < len {
+            look(values.read(index as usize), index);
+            index += COMPUTE_LANES;
         }
         attend::best_of_block(self, best, largest, is_nan)
     }
@@ -391,26 +396,29 @@ impl Machine for Block {
         sync_compute();
     }
 
-    /// The polynomial of the CPU machine.
+    #[inline(always)]
+    fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
+        ops::run(worker, opcode, claim)
+    }
+
+    /// By the chip's power of two: within 2 units in the last place of the scaled argument.
     #[inline(always)]
     fn exp(&self, x: f32) -> f32 {
-        if x.is_nan() {
-            return x;
-        }
-        if x < -87.0 {
-            return 0.0;
-        }
-        let x = x.min(88.0);
-        // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-        let power = fma(x, core::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
-        let rest = fma(power, -0.693_359_4, x);
-        let rest = fma(power, 2.121_944_4e-4, rest);
-        let mut sum = 1.0f32 / 720.0;
-        for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-            sum = fma(sum, rest, term);
-        }
-        sum * f32::from_bits(((power as i32 + 127) as u32) << 23)
+        let power = if x < -87.0 { 0.0 } else { exp2(x.min(88.0) * core::f32::consts::LOG2_E) };
+        if x.is_nan() { x } else { power }
     }
+}
+
+/// `2^x`. PTX: `ex2.approx.ftz.f32`.
+#[inline(always)]
+fn exp2(x: f32) -> f32 {
+    let value: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("ex2.approx.ftz.f32 {v}, {x};", v = out(reg32) value, x = in(reg32) x,
+             options(pure, nomem, nostack));
+    }
+    value
 }
 
 /// The square root, correctly rounded.
@@ -422,13 +430,13 @@ pub fn sqrt(x: f32) -> f32 {
 /// `LOADS_AHEAD` quads of a row of `dim` values, from column `base` on, one for each turn of the
 /// computing lanes; zeros past the end. All loads are in flight together.
 #[inline(always)]
-fn read_quads(address: u64, base: usize, dim: usize, is_constant: bool) -> [Quad; LOADS_AHEAD] {
-    let mut quads = [[0.0; QUAD]; LOADS_AHEAD];
-    for (step, quad) in quads.iter_mut().enumerate() {
-        let column = base + step * QUAD * COMPUTE_LANES as usize;
-        if column < dim {
-            let from = address + column as u64 * 4;
-            // SAFETY: rows are multiples of four values, aligned to 16 bytes, and `column` is in
+fn read_quads(address: u64, base: u32, dim: u32, is_constant: bool) -> [Quad; 4] {
+    let mut quads = [[0.0; QUAD as usize]; LOADS_AHEAD as usize];
+    let address = address + u64::from(base) * 4;
+    for (step, quad) in (0..LOADS_AHEAD).zip(&mut quads) {
+        if base + step * STEP < dim {
+            let from = address + u64::from(step * STEP) * 4;
+            // SAFETY: rows are multiples of four values, aligned to 16 bytes, and the column is in
             // the row; what is constant is a bound weight.
             *quad = unsafe { if is_constant { load_constant(from) } else { load_global(from) } };
         }

@@ -19,15 +19,14 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     let (thread_idx, shared) = (sreg::thread_idx(), memory::shared_base());
     // The header is read from shared memory: as a parameter, its fields and what is computed from
     // them would be kept in registers for as long as the kernel runs, more than there are.
-    let near_header = memory::generic(shared + HEADER) as *mut ProgramHeader;
     if thread_idx == 0 {
         loader::init(shared, header.page_count);
+        let near = memory::generic(shared + HEADER) as *mut ProgramHeader;
         // SAFETY: the area of the header, which nobody else uses before the barrier.
-        unsafe { near_header.write(header) };
+        unsafe { near.write(header) };
     }
     sync_block();
-    // SAFETY: written above, and never again.
-    let header = unsafe { &*near_header };
+    let header = loader::header(shared);
     let block = Block::new(thread_idx, shared, header.page_count);
     // SAFETY: by this function's contract; blocks have different indices.
     let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };

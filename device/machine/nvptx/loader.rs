@@ -9,10 +9,10 @@
 
 use core::cell::Cell;
 
-use tilert_mk_shared::limits::SEGMENT_COUNT_MAX;
+use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, PAGE_BYTES, PAGES, TASK_EMPTY_BARRIERS,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, PAGES, TASK_EMPTY_BARRIERS,
     TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows,
 };
 
@@ -26,8 +26,8 @@ use crate::worker::{Claim, Worker};
 const NO_TASK: u32 = u32::MAX;
 /// Tests of a barrier after which something is broken: seconds.
 const TEST_COUNT_MAX: u32 = 1 << 30;
-/// Bytes of the record in a task slot; the task's index and step follow.
-const RECORD_BYTES: u32 = size_of::<Task>() as u32;
+/// Bytes of the record in a task slot; the task's index, its step and its first page follow.
+pub const RECORD_BYTES: u32 = size_of::<Task>() as u32;
 
 /// A position in a ring: which slot, and the parity of its current phase.
 pub struct RingCursor {
@@ -107,12 +107,30 @@ pub struct PageCursor {
     first: u32,
 }
 
+/// The program header, which the kernel's first thread has copied near.
+#[inline(always)]
+pub fn header<'a>(shared: u32) -> &'a ProgramHeader {
+    // SAFETY: written before the first barrier of the block, and never again.
+    unsafe { &*(generic(shared + HEADER) as *const ProgramHeader) }
+}
+
 impl PageCursor {
     /// The first page.
     #[inline(always)]
     pub fn new(shared: u32, page_count: u32) -> PageCursor {
         let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
         PageCursor { ring: RingCursor::new(full, empty, page_count), first: shared + PAGES }
+    }
+
+    /// Goes to the page that the loading warp noted in a task's slot.
+    #[inline(always)]
+    pub fn go_to(&self, slot: u32) {
+        // SAFETY: words of a full slot, which the loading warp does not touch.
+        let (index, parity) = unsafe {
+            (load_shared_word(slot + RECORD_BYTES + 8), load_shared_word(slot + RECORD_BYTES + 12))
+        };
+        self.ring.index.set(index);
+        self.ring.parity.set(parity);
     }
 
     /// Shared address of the page.
@@ -175,7 +193,7 @@ pub fn load(worker: &Worker<Block>) {
             break;
         }
         let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
-        fill_slot(slot, lane, task_idx, epoch, address);
+        fill_slot(slot, lane, task_idx, epoch, address, &block.pages);
         barrier::sync_warp();
         if lane == 0 {
             // SAFETY: an initialised barrier.
@@ -227,7 +245,14 @@ fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
 
 /// Copies a task's record, a word by each lane, and says which task it is.
 #[inline(always)]
-fn fill_slot(slot: u32, lane: u32, task_idx: u32, epoch: u32, address: u64) {
+fn fill_slot(
+    slot: u32,
+    lane: u32,
+    task_idx: u32,
+    epoch: u32,
+    address: u64,
+    pages: &PageCursor,
+) {
     // SAFETY: a word of the record, which nobody writes.
     let word = unsafe { *((address + u64::from(lane) * 4) as *const u32) };
     // SAFETY: words of the slot, which is empty: the computing warps do not look at it.
@@ -236,6 +261,8 @@ fn fill_slot(slot: u32, lane: u32, task_idx: u32, epoch: u32, address: u64) {
         if lane == 0 {
             store_shared_word(slot + RECORD_BYTES, task_idx);
             store_shared_word(slot + RECORD_BYTES + 4, epoch);
+            store_shared_word(slot + RECORD_BYTES + 8, pages.ring.index.get());
+            store_shared_word(slot + RECORD_BYTES + 12, pages.ring.parity.get());
         }
     }
 }
@@ -251,7 +278,7 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
     let mut first = 0;
     while first < args.in_dim {
         let pitch = CHUNK_COLUMNS.min(args.in_dim - first) * value_bytes as u32;
-        for idx in 0..SEGMENT_COUNT_MAX {
+        for idx in 0..task.segment_count() {
             let segment = task.segment(idx);
             let mut row = 0;
             while row < segment.row_count {
@@ -357,6 +384,7 @@ pub fn compute(worker: &Worker<Block>) {
             }
             // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
             let task = unsafe { &*(generic(slot) as *const Task) };
+            block.slot.set(slot);
             let now_ns = worker.trace_ns();
             if worker.compute(&Claim::new(task, task_idx, epoch), now_ns, now_ns).is_err() {
                 break;

@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod loader;
 pub mod memory;
 pub mod multiply;
+pub mod ops;
 pub mod sreg;
 pub mod warp;
 
