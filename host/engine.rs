@@ -21,6 +21,7 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
+use tilert_mk_shared::tile;
 use tilert_mk_shared::trace::TraceRecord;
 
 use self::bind::{bind, bytes_of, format_of, load, open_checkpoint, read_config};
@@ -278,6 +279,8 @@ impl Engine {
             trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
         let (kv, slots) = (&program.dims.kv, program.dims.kv.slot_count);
         let prompts = u64::from(slots) * u64::from(kv.context_max) * 4;
+        let row = program.dims.intermediate_dim.max(program.dims.prologue_dim_max);
+        let inputs = tile::input_values(row);
         let uploaded = |device: &mut dyn Device, what: &str, bytes: &[u8]| {
             let address = device.reserve(what, bytes.len() as u64)?;
             device.write(address, bytes)?;
@@ -290,7 +293,9 @@ impl Engine {
             event_count: program.event_arrivals.len() as u32,
             begin_event: program.begin_event.0,
             trace_capacity: trace_capacity as u32,
-            page_count: device.profile().page_count,
+            page_count: tile::page_count(device.profile().shared_bytes, inputs).unwrap_or(0),
+            input_values: inputs,
+            reserved: 0,
             polls_per_look: POLLS_PER_LOOK,
             wait_ns_max: options.wait_ns_max,
             tasks: uploaded(device.as_mut(), "the tasks", bytes_of(&tasks))?,
@@ -588,6 +593,10 @@ fn lower_options(
             "--workers {worker_count}: {} has at most {limit}",
             profile.name
         )));
+    }
+    if profile.shared_bytes > 0 && !config.head_dim.is_multiple_of(4) {
+        let dim = config.head_dim;
+        return Err(Error::Device(format!("{}: a head dimension of {dim}, not of fours", profile.name)));
     }
     let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
     Ok(LowerOptions {

@@ -249,6 +249,10 @@ pub struct ProgramHeader {
     pub page_count: u32,
     /// Polls of an event between two looks at the stop word, the clock and other queues.
     pub polls_per_look: u32,
+    /// Values of each block's area of input rows; 0 on the CPU.
+    pub input_values: u32,
+    /// Keeps the addresses aligned.
+    pub reserved: u32,
     /// Time after which a wait inside a step is a fault.
     pub wait_ns_max: u64,
     /// Address of `[task_count] Task`.
@@ -275,7 +279,7 @@ pub struct ProgramHeader {
 
 const _: () = assert!(size_of::<Dims>() == 64);
 const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
-const _: () = assert!(size_of::<ProgramHeader>() == 104 + 64 + 8 * (REGION_COUNT + 1));
+const _: () = assert!(size_of::<ProgramHeader>() == 112 + 64 + 8 * (REGION_COUNT + 1));
 
 #[cfg(test)]
 mod tests {

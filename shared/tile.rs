@@ -1,7 +1,7 @@
 //! How a GPU's block stages weights: pages, and what else its shared memory holds.
 //!
-//! A linear task's weights are cut into chunks of `CHUNK_COLUMNS` columns; for each chunk, for each
-//! segment, `page_rows` rows at a time fill a page. Both the warp that loads and the warps that
+//! Of each segment of a linear task, `page_rows` rows at a time are cut into chunks of
+//! `CHUNK_COLUMNS` columns, and each chunk fills a page. Both the warp that loads and the warps that
 //! multiply walk pages in this order, so nothing but the pages themselves passes between them.
 //! A warp multiplies `ROWS_PER_WARP` rows by 32 vectors of 16 bytes.
 
@@ -33,8 +33,10 @@ pub const TASK_SLOT_BYTES: u32 = 256;
 pub const TILE_ROWS_MAX: u32 = 64;
 /// Tokens of a step on a GPU at most.
 pub const GPU_STEP_TOKENS_MAX: u32 = 8;
-/// Input values that shared memory holds; longer rows stay in the heap and pass through in windows.
-pub const INPUT_VALUES: u32 = 8192;
+/// Input values that shared memory holds at least, and at most. What does not fit stays in the heap.
+pub const INPUT_VALUES_MIN: u32 = 8192;
+/// See `INPUT_VALUES_MIN`.
+pub const INPUT_VALUES_MAX: u32 = 16384;
 /// Query heads times head dimension that attention handles at once.
 pub const ATTENTION_VALUES: u32 = 512;
 
@@ -93,27 +95,44 @@ pub const PRODUCTS: u32 =
     PARTIALS + if PARTIAL_BYTES > ATTENTION_BYTES { PARTIAL_BYTES } else { ATTENTION_BYTES };
 /// Offset of the input rows.
 pub const INPUTS: u32 = PRODUCTS + f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX);
+/// Values of the area of input rows for a longest row of `row_values`.
+#[inline]
+pub const fn input_values(row_values: u32) -> u32 {
+    let values = row_values.next_multiple_of(256);
+    if values < INPUT_VALUES_MIN {
+        INPUT_VALUES_MIN
+    } else if values > INPUT_VALUES_MAX {
+        INPUT_VALUES_MAX
+    } else {
+        values
+    }
+}
+
 /// Offset of the ring of pages.
-pub const PAGES: u32 = (INPUTS + f32_bytes(INPUT_VALUES)).next_multiple_of(1024);
+#[inline]
+pub const fn pages(input_values: u32) -> u32 {
+    (INPUTS + f32_bytes(input_values)).next_multiple_of(1024)
+}
 
 /// Pages that fit a block of `shared_bytes`; none if not even two do.
 #[inline]
-pub const fn page_count(shared_bytes: u32) -> Option<u32> {
-    if shared_bytes < PAGES + 2 * PAGE_BYTES {
+pub const fn page_count(shared_bytes: u32, input_values: u32) -> Option<u32> {
+    let first = pages(input_values);
+    if shared_bytes < first + 2 * PAGE_BYTES {
         return None;
     }
-    let count = (shared_bytes - PAGES) / PAGE_BYTES;
+    let count = (shared_bytes - first) / PAGE_BYTES;
     Some(if count < PAGE_COUNT_MAX { count } else { PAGE_COUNT_MAX })
 }
 
 /// Shared memory of a block with a ring of `page_count` pages.
 #[inline]
-pub const fn shared_bytes(page_count: u32) -> u32 {
-    PAGES + page_count * PAGE_BYTES
+pub const fn shared_bytes(page_count: u32, input_values: u32) -> u32 {
+    pages(input_values) + page_count * PAGE_BYTES
 }
 
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
 const _: () = assert!(PARTIALS % 128 == 0 && PRODUCTS % 128 == 0 && INPUTS % 128 == 0);
-const _: () = assert!(page_count(99 << 10).is_some(), "GPUs with 99 KiB a block have a ring");
+const _: () = assert!(page_count(99 << 10, INPUT_VALUES_MIN).is_some(), "GPUs with 99 KiB a block have a ring");

@@ -39,7 +39,7 @@ impl Rows {
     }
 }
 
-/// A vector to normalise, if it has a weight, and to rotate.
+/// A vector to normalise, if it has a weight, and to rotate by a position, if it has one.
 #[derive(Clone, Copy, Debug)]
 pub struct Rotation {
     /// `[head_dim]`.
@@ -48,10 +48,8 @@ pub struct Rotation {
     pub out: Span<f32>,
     /// The norm's weight, `[head_dim]`; none for no norm.
     pub norm: Option<Span<f32>>,
-    /// Cosines of the position, `[head_dim / 2]`.
-    pub cos: Span<f32>,
-    /// Sines of the position, `[head_dim / 2]`.
-    pub sin: Span<f32>,
+    /// Cosines and sines of the position, `[head_dim / 2]` each; none for a plain copy.
+    pub turn: Option<[Span<f32>; 2]>,
 }
 
 /// One attention split: queries of heads that share keys, against consecutive positions.
@@ -172,7 +170,7 @@ pub trait Machine {
     /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>);
 
-    /// Collective: half-split RoPE of `count` vectors, each after its norm.
+    /// Collective: half-split RoPE of `count` vectors, each after its norm, or a plain copy.
     fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation);
 
     /// Collective: attention of a split.

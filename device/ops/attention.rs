@@ -22,28 +22,27 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     // The input rows are about to hold queries.
     worker.prologue.set(None);
     let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim);
-    // Per token: the group's queries, then its key.
-    worker.machine.rotate(dims, count * (group + 1), |item| {
-        let (token_idx, which) = (item / (group + 1), item % (group + 1));
+    // Per token: the group's queries, its key, its value.
+    let item_count = group + 2;
+    worker.machine.rotate(dims, count * item_count, |item| {
+        let (token_idx, which) = (item / item_count, item % item_count);
         let token = &step.tokens[token_idx];
+        let row = token.position as usize * dim;
         if which < group {
             let head_idx = args.kv_head_idx * dims.heads_per_kv() + which as u32;
             let out = queries.values.sub(token_idx * queries.stride + which * dim, dim);
             rotation(worker, head(worker, &args, token_idx, head_idx), args.query_norm, token, out)
-        } else {
-            let key = plane(worker, &args, token.slot, 0).sub(token.position as usize * dim, dim);
+        } else if which == group {
             let from = head(worker, &args, token_idx, dims.head_count + args.kv_head_idx);
-            rotation(worker, from, args.key_norm, token, key)
+            let out = plane(worker, &args, token.slot, 0).sub(row, dim);
+            rotation(worker, from, args.key_norm, token, out)
+        } else {
+            let head_idx = dims.head_count + dims.kv.kv_head_count + args.kv_head_idx;
+            let from = head(worker, &args, token_idx, head_idx);
+            let out = plane(worker, &args, token.slot, 1).sub(row, dim);
+            Rotation { from, out, norm: None, turn: None }
         }
     });
-    worker.machine.for_each(count, dim, |token_idx, column| {
-        let token = &step.tokens[token_idx];
-        let value_head = dims.head_count + dims.kv.kv_head_count + args.kv_head_idx;
-        let value = head(worker, &args, token_idx, value_head).read(column);
-        let values = plane(worker, &args, token.slot, 1);
-        values.write(token.position as usize * dim + column, value);
-    });
-    worker.machine.sync();
     for token_idx in 0..count {
         attend(worker, &args, token_idx, &step.tokens[token_idx], queries);
     }
@@ -95,8 +94,10 @@ fn rotation<M: Machine>(
         from,
         out,
         norm: (norm != 0).then_some(weight),
-        cos: worker.heap(worker.header.plan.rope_cos + row, half),
-        sin: worker.heap(worker.header.plan.rope_sin + row, half),
+        turn: Some([
+            worker.heap(worker.header.plan.rope_cos + row, half),
+            worker.heap(worker.header.plan.rope_sin + row, half),
+        ]),
     }
 }
 

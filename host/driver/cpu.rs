@@ -37,7 +37,7 @@ impl CpuDevice {
             step_tokens_max: STEP_TOKENS_MAX,
             tile_bytes: TILE_BYTES,
             tile_rows_max: SEGMENT_ROWS_MAX,
-            page_count: 0,
+            shared_bytes: 0,
             host_spins: false,
         };
         let machine = Thread { isa: Isa::detect(), clock: Instant::now() };

@@ -12,7 +12,7 @@ use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attribute;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{
-    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, TILE_ROWS_MAX, page_count, shared_bytes,
+    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, INPUT_VALUES_MIN, TILE_ROWS_MAX, page_count, shared_bytes,
 };
 
 use super::{Device, Profile};
@@ -145,10 +145,10 @@ impl CudaDevice {
             Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into())
         })?;
         let text = kernel_text(&gpu)?;
-        let Some(page_count) = page_count(gpu.shared_bytes) else {
+        if page_count(gpu.shared_bytes, INPUT_VALUES_MIN).is_none() {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));
-        };
+        }
         let device = device::get(ordinal).map_err(wrap("opening a GPU"))?;
         // SAFETY: a handle that the driver gave.
         let context = unsafe { primary_ctx::retain(device) }.map_err(wrap("opening a GPU"))?;
@@ -165,7 +165,7 @@ impl CudaDevice {
         let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function just found.
         unsafe {
-            result::function::set_function_attribute(kernel, limit, shared_bytes(page_count) as i32)
+            result::function::set_function_attribute(kernel, limit, gpu.shared_bytes as i32)
         }
         .map_err(wrap("reserving shared memory"))?;
         let new_stream = || {
@@ -179,7 +179,7 @@ impl CudaDevice {
                 step_tokens_max: GPU_STEP_TOKENS_MAX,
                 tile_bytes: TILE_BYTES,
                 tile_rows_max: TILE_ROWS_MAX,
-                page_count,
+                shared_bytes: gpu.shared_bytes,
                 host_spins: true,
             },
             gpu,
@@ -266,7 +266,7 @@ impl Device for CudaDevice {
         let mut header = *header;
         let mut arguments = [(&raw mut header).cast::<c_void>()];
         let (grid, block) = ((header.worker_count, 1, 1), (BLOCK_THREADS, 1, 1));
-        let bytes = shared_bytes(self.profile.page_count);
+        let bytes = shared_bytes(header.page_count, header.input_values);
         // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
         let launched = unsafe {
             if self.gpu.is_cooperative {

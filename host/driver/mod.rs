@@ -25,8 +25,8 @@ pub struct Profile {
     pub tile_bytes: u64,
     /// Rows of a linear task at most.
     pub tile_rows_max: u32,
-    /// Pages of a worker's ring; 0 if it has none.
-    pub page_count: u32,
+    /// Shared memory of a worker's block; 0 if workers have none.
+    pub shared_bytes: u32,
     /// Whether the host may spin while a request runs, without taking the workers' cores.
     pub host_spins: bool,
 }

@@ -177,7 +177,7 @@ impl Machine for Thread {
     #[inline(always)]
     fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
         for idx in 0..count {
-            let Rotation { from, out, norm, cos, sin } = item(idx);
+            let Rotation { from, out, norm, turn } = item(idx);
             let out = out.as_mut_slice();
             match norm {
                 None => out.copy_from_slice(from.as_slice()),
@@ -186,7 +186,9 @@ impl Machine for Thread {
                     super::rms_norm(self.isa, from.as_slice(), weight.as_slice(), eps, out);
                 }
             }
-            super::rope(self.isa, out, cos.as_slice(), sin.as_slice());
+            if let Some([cos, sin]) = turn {
+                super::rope(self.isa, out, cos.as_slice(), sin.as_slice());
+            }
         }
     }
 

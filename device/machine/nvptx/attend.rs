@@ -15,38 +15,44 @@ use super::memory::{load_global_f32, load_shared_word, store_shared_f32, store_s
 use super::{fma, warp};
 use crate::machine::{Machine, Rotation, Split};
 
-/// Pairs of values that a lane rotates at most.
-const PAIR_COUNT_MAX: usize = 8;
-
-/// See `Machine::rotate`: one vector, by one warp.
+/// See `Machine::rotate`: one vector, by one warp. `P` pairs to a lane.
 #[inline(always)]
-pub fn rotate(item: Rotation, dims: &Dims, lane: usize) {
+pub fn rotate<const P: usize>(item: Rotation, dims: &Dims, lane: usize) {
     let half = dims.kv.head_dim as usize / 2;
-    let mut pairs = [[0.0f32; 2]; PAIR_COUNT_MAX];
-    let mut sum = 0.0;
-    for (turn, pair) in pairs.iter_mut().enumerate() {
-        let idx = lane + turn * WARP_LANES as usize;
+    let mut pairs = [[0.0f32; 2]; P];
+    let mut weights = [[1.0f32; 2]; P];
+    let mut turns = [[1.0f32, 0.0]; P];
+    // Everything is requested before the first value is needed.
+    for p in 0..P {
+        let idx = lane + p * WARP_LANES as usize;
         if idx < half {
-            *pair = [item.from.read(idx), item.from.read(idx + half)];
-            sum = fma(pair[0], pair[0], sum);
-            sum = fma(pair[1], pair[1], sum);
+            pairs[p] = [item.from.read(idx), item.from.read(idx + half)];
+            if let Some(weight) = item.norm {
+                weights[p] = [weight.read(idx), weight.read(idx + half)];
+            }
+            if let Some([cos, sin]) = item.turn {
+                turns[p] = [cos.read(idx), sin.read(idx)];
+            }
         }
     }
-    let scale = match item.norm {
-        Some(_) => 1.0 / sqrt(warp::sum(sum) / dims.kv.head_dim as f32 + dims.rms_norm_eps),
-        None => 1.0,
-    };
-    for (turn, pair) in pairs.iter().enumerate() {
-        let idx = lane + turn * WARP_LANES as usize;
+    if item.norm.is_some() {
+        let mut sum = 0.0;
+        for [a, b] in pairs {
+            sum = fma(a, a, sum);
+            sum = fma(b, b, sum);
+        }
+        let mean = warp::sum(sum) / dims.kv.head_dim as f32;
+        let scale = 1.0 / sqrt(mean + dims.rms_norm_eps);
+        for p in 0..P {
+            pairs[p] = [pairs[p][0] * scale * weights[p][0], pairs[p][1] * scale * weights[p][1]];
+        }
+    }
+    for p in 0..P {
+        let idx = lane + p * WARP_LANES as usize;
         if idx < half {
-            let [mut a, mut b] = *pair;
-            if let Some(weight) = item.norm {
-                a = a * scale * weight.read(idx);
-                b = b * scale * weight.read(idx + half);
-            }
-            let (cos, sin) = (item.cos.read(idx), item.sin.read(idx));
-            item.out.write(idx, a * cos - b * sin);
-            item.out.write(idx + half, b * cos + a * sin);
+            let ([a, b], [cos, sin]) = (pairs[p], turns[p]);
+            item.out.write(idx, if item.turn.is_some() { a * cos - b * sin } else { a });
+            item.out.write(idx + half, if item.turn.is_some() { b * cos + a * sin } else { b });
         }
     }
 }

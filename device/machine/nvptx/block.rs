@@ -4,10 +4,10 @@ use core::arch::asm;
 use core::cell::Cell;
 
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
-use tilert_mk_shared::program::{Dims, SAMPLE_BIN_COUNT};
+use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, INPUT_VALUES, INPUTS, PRODUCTS, REDUCTION, WARP_LANES, WORDS,
+    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, PRODUCTS, REDUCTION, WARP_LANES, WORDS,
 };
 
 use super::barrier::sync_compute;
@@ -22,6 +22,8 @@ use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
 use crate::worker::{Claim, Stopped, Worker};
 
+/// Quads of merged heads that a lane works on at once.
+const MERGES_AHEAD: u32 = 2;
 /// How long an idle block sleeps between looks.
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
@@ -37,6 +39,8 @@ pub struct Block {
     pub thread_idx: u32,
     /// Shared address of the block's memory.
     pub shared: u32,
+    /// Values of the area of input rows.
+    pub input_values: u32,
     /// The next page to multiply.
     pub pages: PageCursor,
     /// Shared address of the slot of the task that runs.
@@ -45,11 +49,12 @@ pub struct Block {
 }
 
 impl Block {
-    /// The block whose memory begins at `shared` and has `page_count` pages.
+    /// The block whose memory begins at `shared`.
     #[inline(always)]
-    pub fn new(thread_idx: u32, shared: u32, page_count: u32) -> Block {
-        let pages = PageCursor::new(shared, page_count);
-        Block { thread_idx, shared, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
+    pub fn new(thread_idx: u32, shared: u32, header: &ProgramHeader) -> Block {
+        let pages = PageCursor::new(shared, header.page_count, header.input_values);
+        let input_values = header.input_values;
+        Block { thread_idx, shared, input_values, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
     }
 
     /// Index of this thread's warp.
@@ -154,11 +159,12 @@ impl Machine for Block {
     #[inline(always)]
     fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows {
         let stride = dim.next_multiple_of(256);
-        if count * stride > INPUT_VALUES as usize {
+        if count * stride > self.input_values as usize {
             return Rows { values: heap, stride: dim.next_multiple_of(16) };
         }
         // SAFETY: the input area of this block's memory, which only its lanes use.
-        let values = unsafe { Span::new(generic(self.shared + INPUTS), INPUT_VALUES as usize) };
+        let values =
+            unsafe { Span::new(generic(self.shared + INPUTS), self.input_values as usize) };
         Rows { values, stride }
     }
 
@@ -179,7 +185,7 @@ impl Machine for Block {
             for row in 0..count {
                 let source = from.row(row, dim);
                 let place = to.values.address() + (row * to.stride) as u64 * 4;
-                multiply::copy_window(self, source, 0, dim as u32, place);
+                multiply::copy_row(self, source, dim as u32, place);
             }
             sync_compute();
         }
@@ -286,35 +292,42 @@ impl Machine for Block {
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>) {
         let (dim, stride) = (dims.kv.head_dim, dims.split_values());
         let is_near = out.address() >= generic(self.shared + INPUTS)
-            && out.address() < generic(self.shared + INPUTS) + u64::from(INPUT_VALUES) * 4;
-        self.for_each(1, (dims.head_count * dim) as usize, |_, column| {
-            let (head, value) = (column as u32 / dim, column as u32 % dim);
-            let part = |split: usize, index: u32| {
-                let row = head * ATTENTION_SPLIT_MAX + split as u32;
-                splits.read((row * stride + index) as usize)
-            };
-            let mut largest = f32::NEG_INFINITY;
-            for split in 0..split_count {
-                largest = largest.max(part(split, dim));
+            && out.address() < generic(self.shared + INPUTS) + u64::from(self.input_values) * 4;
+        let first = self.thread_idx * QUAD;
+        let place = if is_near { swizzled(first) } else { first };
+        let out = out.address() + u64::from(place) * 4;
+        let len = dims.head_count * dim;
+        let mut base = 0;
+        while first + base < len {
+            let mut quads = [[0.0; QUAD as usize]; MERGES_AHEAD as usize];
+            for (step, quad) in (0..MERGES_AHEAD).zip(&mut quads) {
+                let column = first + base + step * STEP;
+                if column < len {
+                    let row = column / dim * ATTENTION_SPLIT_MAX * stride;
+                    let head = splits.address() + u64::from(row) * 4;
+                    *quad = merge_quad(self, head, [column % dim, dim, stride], split_count as u32);
+                }
             }
-            let (mut sum, mut total) = (0.0, 0.0);
-            for split in 0..split_count {
-                let weight = self.exp(part(split, dim) - largest);
-                total += weight * part(split, dim + 1);
-                sum = fma(part(split, value), weight, sum);
+            for (step, quad) in (0..MERGES_AHEAD).zip(&quads) {
+                if first + base + step * STEP < len {
+                    let to = out + u64::from(base + step * STEP) * 4;
+                    // SAFETY: four adjacent values of the output row, this lane's own.
+                    unsafe { (to as *mut Quad).write(*quad) };
+                }
             }
-            let column = column as u32;
-            let place = if is_near { swizzled(column) } else { column };
-            // SAFETY: a value of the output row, this lane's own; near rows have whole groups.
-            unsafe { ((out.address() + u64::from(place) * 4) as *mut f32).write(sum / total) };
-        });
+            base += MERGES_AHEAD * STEP;
+        }
     }
 
     #[inline(always)]
     fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
         let mut idx = self.warp_idx() as usize;
         while idx < count {
-            attend::rotate(item(idx), dims, self.warp_lane() as usize);
+            let lane = self.warp_lane() as usize;
+            match dims.kv.head_dim {
+                0..=128 => attend::rotate::<2>(item(idx), dims, lane),
+                _ => attend::rotate::<8>(item(idx), dims, lane),
+            }
             idx += COMPUTE_WARPS as usize;
         }
         sync_compute();
@@ -442,6 +455,34 @@ fn read_quads(address: u64, base: u32, dim: u32, is_constant: bool) -> [Quad; 4]
         }
     }
     quads
+}
+
+/// Four columns from `value` on of a head's merged splits, in the order of the splits. A split has
+/// `stride` values: `dim` sums, the largest score, the sum of weights.
+#[inline(always)]
+fn merge_quad(block: &Block, head: u64, [value, dim, stride]: [u32; 3], count: u32) -> Quad {
+    let at = |split: u32, index: u32| head + u64::from(split * stride + index) * 4;
+    if count == 1 {
+        // SAFETY: values of the first split; heads are multiples of four values.
+        let (sums, score) = unsafe { (load_global(at(0, value)), load_global(at(0, dim))) };
+        return sums.map(|sum| sum / score[1]);
+    }
+    let mut largest = f32::NEG_INFINITY;
+    for split in 0..count {
+        // SAFETY: values of a split that attention has written.
+        largest = largest.max(unsafe { load_global(at(split, dim)) }[0]);
+    }
+    let (mut merged, mut total) = ([0.0; QUAD as usize], 0.0);
+    for split in 0..count {
+        // SAFETY: as above.
+        let (sums, score) = unsafe { (load_global(at(split, value)), load_global(at(split, dim))) };
+        let weight = block.exp(score[0] - largest);
+        total = fma(weight, score[1], total);
+        for (merged, sum) in merged.iter_mut().zip(sums) {
+            *merged = fma(sum, weight, *merged);
+        }
+    }
+    merged.map(|sum| sum / total)
 }
 
 /// Eight 16-bit values, widened.

@@ -12,8 +12,8 @@ use core::cell::Cell;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, PAGES, TASK_EMPTY_BARRIERS,
-    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, TASK_EMPTY_BARRIERS,
+    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows, pages,
 };
 
 use super::block::Block;
@@ -117,9 +117,9 @@ pub fn header<'a>(shared: u32) -> &'a ProgramHeader {
 impl PageCursor {
     /// The first page.
     #[inline(always)]
-    pub fn new(shared: u32, page_count: u32) -> PageCursor {
+    pub fn new(shared: u32, page_count: u32, input_values: u32) -> PageCursor {
         let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
-        PageCursor { ring: RingCursor::new(full, empty, page_count), first: shared + PAGES }
+        PageCursor { ring: RingCursor::new(full, empty, page_count), first: shared + pages(input_values) }
     }
 
     /// Goes to the page that the loading warp noted in a task's slot.
@@ -275,13 +275,12 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
     let row_bytes = u64::from(args.in_dim) * value_bytes;
     #[cfg(tilert_sm90)]
     let policy = copy::evict_first();
-    let mut first = 0;
-    while first < args.in_dim {
-        let pitch = CHUNK_COLUMNS.min(args.in_dim - first) * value_bytes as u32;
-        for idx in 0..task.segment_count() {
-            let segment = task.segment(idx);
-            let mut row = 0;
-            while row < segment.row_count {
+    for idx in 0..task.segment_count() {
+        let segment = task.segment(idx);
+        let mut row = 0;
+        while row < segment.row_count {
+            let mut first = 0;
+            while first < args.in_dim {
                 if !take_empty(block, lane, &block.pages.ring) {
                     return false;
                 }
@@ -290,7 +289,7 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
                         + u64::from(row) * row_bytes
                         + u64::from(first) * value_bytes,
                     row_bytes,
-                    pitch,
+                    pitch: CHUNK_COLUMNS.min(args.in_dim - first) * value_bytes as u32,
                     row_count: page_rows(args.format).min(segment.row_count - row),
                 };
                 #[cfg(tilert_sm90)]
@@ -298,10 +297,10 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
                 #[cfg(not(tilert_sm90))]
                 fill(&block.pages, lane, &part);
                 block.pages.ring.advance();
-                row += page_rows(args.format);
+                first += CHUNK_COLUMNS;
             }
+            row += page_rows(args.format);
         }
-        first += CHUNK_COLUMNS;
     }
     true
 }

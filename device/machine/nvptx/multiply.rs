@@ -1,25 +1,22 @@
 //! Products of staged weights: the hot path.
 //!
 //! Each warp takes four rows of a page and the columns of its 32 lanes; a lane multiplies one
-//! 16-byte vector of each row with inputs that it keeps in registers for a whole chunk. Lanes are
-//! summed by exchange, the chunks of a row by the lane that holds the sum, and the warps that share
-//! a row at the end, in order. A product's additions therefore depend on `in_dim` and the weights'
-//! format alone.
+//! 16-byte vector of each row and keeps its sums through all chunks of the rows. Then lanes are
+//! summed by exchange, and the warps that share a row at the end, in order. A product's additions
+//! therefore depend on `in_dim` and the weights' format alone.
 //!
-//! Cost: about 140 instructions per page and warp for one token; eight warps take the 16 KiB of a
+//! Cost: about 110 instructions per page and warp for one token; eight warps take the 16 KiB of a
 //! page.
 
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_LANES, INPUT_VALUES, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES,
+    CHUNK_COLUMNS, COMPUTE_LANES, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES,
     column_warps, page_rows, vector_values,
 };
 
 use super::barrier::sync_compute;
 use super::block::{Block, near, swizzled, widen_words};
-use super::memory::{
-    load_global, load_shared, load_shared_f32, load_shared_words, store_shared_f32,
-};
+use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
 use super::{fma, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rows};
@@ -33,15 +30,12 @@ const BF16: u16 = WeightFormat::Bf16 as u16;
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize, out: Rows) {
     let format = LinearArgs::unpack(task).format;
-    let count = count as u32;
     match format {
-        WeightFormat::F32 if count == 1 => run::<F32, 4, 1, 4>(block, task, x, count),
-        WeightFormat::F32 => run::<F32, 4, 4, 16>(block, task, x, count),
-        WeightFormat::F16 if count == 1 => run::<F16, 8, 1, 4>(block, task, x, count),
-        WeightFormat::F16 => run::<F16, 8, 4, 16>(block, task, x, count),
-        WeightFormat::Bf16 if count == 1 => run::<BF16, 8, 1, 4>(block, task, x, count),
-        WeightFormat::Bf16 => run::<BF16, 8, 4, 16>(block, task, x, count),
+        WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count as u32),
+        WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count as u32),
+        WeightFormat::Bf16 => by_count::<BF16, 8>(block, task, x, count as u32),
     }
+    let count = count as u32;
     sync_compute();
     let (warps, partials) = (column_warps(format), block.shared + PARTIALS);
     let row_count = LinearArgs::unpack(task).row_count() as usize;
@@ -70,15 +64,15 @@ pub fn discard(block: &Block, task: &Task) {
     }
 }
 
-/// Copies columns `first..first + len` of a row into near memory, swizzled. All lanes call it.
+/// Copies a row of `len` values into near memory, swizzled. All lanes call it.
 #[inline(always)]
-pub fn copy_window(block: &Block, from: Span<f32>, first: u32, len: u32, to: u64) {
-    const AHEAD: u32 = 4;
+pub fn copy_row(block: &Block, from: Span<f32>, len: u32, to: u64) {
+    const AHEAD: u32 = 8;
     let step = 4 * COMPUTE_LANES;
     let mut base = block.thread_idx * 4;
     // Blocks of 256 columns stay where they are, and `step` is a multiple of them.
     let mut place = to + u64::from(swizzled(base)) * 4;
-    let mut source = from.address() + u64::from(first + base) * 4;
+    let mut source = from.address() + u64::from(base) * 4;
     while base < len {
         let mut quads = [[0.0; 4]; AHEAD as usize];
         for (turn, quad) in (0..AHEAD).zip(&mut quads) {
@@ -99,29 +93,35 @@ pub fn copy_window(block: &Block, from: Span<f32>, first: u32, len: u32, to: u64
     }
 }
 
-/// What one lane multiplies in every page of a chunk.
+/// What one lane multiplies in every page.
 struct Lane {
-    /// Bytes from a page's start to this lane's vector in its warp's first row.
+    /// Bytes from a page's start to this lane's vector in a row.
     vector: u32,
-    /// Bytes from one row to the next.
-    pitch: u32,
-    /// Whether the chunk has this lane's columns.
-    is_inside: bool,
+    /// The lane's first column in a chunk.
+    column: u32,
     /// First of the warp's rows in a page.
     row: u32,
-    /// Shared address of the lane's inputs of the first token, and bytes to the next token's.
-    input: u32,
+    /// Where the input rows are: whether near, their address, bytes from one to the next.
+    is_near: bool,
+    input: u64,
+    input_near: u32,
     input_pitch: u32,
-    /// Tokens.
+    /// Values in an input row, and rows.
+    in_dim: u32,
     count: u32,
-    /// Row and token whose sum this lane holds after the exchange, if any.
-    sum_row: u32,
-    sum_token: u32,
-    /// Whether earlier chunks have left sums.
-    adds: bool,
 }
 
-/// Multiplies all pages of a task: `V` values in a vector, `T` tokens at once, `N` is four times `T`.
+/// Chooses the code for the number of tokens; `V` is the number of values in a vector.
+#[inline(always)]
+fn by_count<const F: u16, const V: usize>(block: &Block, task: &Task, x: Rows, count: u32) {
+    match count {
+        1 => run::<F, V, 1, 4>(block, task, x, count),
+        2..=4 => run::<F, V, 4, 16>(block, task, x, count),
+        _ => run::<F, V, 8, 32>(block, task, x, count),
+    }
+}
+
+/// Multiplies all pages of a task with up to `T` tokens; `N` is four times `T`.
 #[inline(always)]
 fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
     block: &Block,
@@ -129,172 +129,119 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
     x: Rows,
     count: u32,
 ) {
-    let args = LinearArgs::unpack(task);
     let (warps, value_bytes) = (CHUNK_COLUMNS / (WARP_LANES * V as u32), 16 / V as u32);
     let (column_warp, row_warp) = (block.warp_idx() % warps, block.warp_idx() / warps);
     let column = (column_warp * WARP_LANES + block.warp_lane()) * V as u32;
     let rows = 8 / warps * ROWS_PER_WARP;
     let is_near = block.is_near(&x);
-    let window = INPUT_VALUES / (CHUNK_COLUMNS * count);
-    let stride = if is_near { x.stride as u32 } else { window * CHUNK_COLUMNS };
-    let lanes_each = WARP_LANES / N as u32;
-    let holder = block.warp_lane() / lanes_each;
-    let is_holder = block.warp_lane() % lanes_each == 0;
-    let mut lane = Lane {
-        vector: 0,
-        pitch: 0,
-        is_inside: true,
+    let lane = Lane {
+        vector: column * value_bytes,
+        column,
         row: row_warp * ROWS_PER_WARP,
-        input: 0,
-        input_pitch: stride * 4,
+        is_near,
+        input: x.values.address() + u64::from(column) * 4,
+        input_near: block.shared + INPUTS + swizzled(column) * 4,
+        input_pitch: x.stride as u32 * 4,
+        in_dim: LinearArgs::unpack(task).in_dim,
         count,
-        // A lane that holds no sum holds that of a row that does not exist.
-        sum_row: if is_holder { holder / T as u32 } else { ROWS_PER_WARP },
-        sum_token: holder % T as u32,
-        adds: false,
     };
-    let place = ((lane.row + lane.sum_row) * count + lane.sum_token) * warps + column_warp;
-    let place = block.shared + PARTIALS + place * 4;
+    // Row and token whose sum this lane holds after the exchange, if any.
+    let holder = block.warp_lane() / (WARP_LANES / N as u32);
+    let (sum_row, sum_token) = (holder / T as u32, holder % T as u32);
+    let is_holder = block.warp_lane() % (WARP_LANES / N as u32) == 0 && sum_token < count;
+    let place = ((lane.row + sum_row) * count + sum_token) * warps + column_warp;
+    let mut place = block.shared + PARTIALS + place * 4;
+    for idx in 0..task.segment_count() {
+        let row_count = task.segment(idx).row_count;
+        let (mut row, mut place_of_page) = (0, place);
+        while row < row_count {
+            let sums = group::<F, V, T, N>(block, &lane, row_count - row);
+            if lane.row < row_count - row {
+                let sum = warp::sum_scattered::<N>(sums, block.warp_lane());
+                if is_holder && lane.row + sum_row < row_count - row {
+                    // SAFETY: this lane's own partial sum, in the area of partials.
+                    unsafe { store_shared_f32(place_of_page, sum) };
+                }
+            }
+            place_of_page += rows * count * warps * 4;
+            row += rows;
+        }
+        place += row_count * count * warps * 4;
+    }
+}
+
+/// This lane's sums of the warp's four rows, of `rows_left` in the segment, over all chunks.
+#[inline(always)]
+fn group<const F: u16, const V: usize, const T: usize, const N: usize>(
+    block: &Block,
+    lane: &Lane,
+    rows_left: u32,
+) -> [f32; N] {
+    let mut sums = [0.0f32; N];
+    let value_bytes = 16 / V as u32;
     let mut first = 0;
-    while first < args.in_dim {
-        let columns = CHUNK_COLUMNS.min(args.in_dim - first);
-        let mut input_first = first;
-        if !is_near {
-            input_first = first % (window * CHUNK_COLUMNS);
-            if input_first == 0 {
-                let len = (window * CHUNK_COLUMNS).min(args.in_dim - first);
-                take_window(block, x, count, first, len, stride);
+    while first < lane.in_dim {
+        let columns = CHUNK_COLUMNS.min(lane.in_dim - first);
+        let pitch = columns * value_bytes;
+        block.pages.wait_full();
+        let address = block.pages.address() + lane.vector + lane.row * pitch;
+        let is_inside = lane.column < columns;
+        let mut words = [[0u32; 4]; ROWS];
+        for (row, words) in (0u32..).zip(&mut words) {
+            if is_inside && lane.row + row < rows_left {
+                // SAFETY: a vector of a full page.
+                *words = unsafe { load_shared_words(address + row * pitch) };
             }
         }
-        lane.pitch = columns * value_bytes;
-        lane.vector = lane.row * lane.pitch + column * value_bytes;
-        lane.is_inside = column < columns;
-        lane.input = block.shared + INPUTS + swizzled(input_first + column) * 4;
-        lane.adds = first > 0;
-        let mut inputs = [[0.0; V]; T];
-        take_inputs(&lane, 0, &mut inputs);
-        let mut place = place;
-        for idx in 0..task.segment_count() {
-            let row_count = task.segment(idx).row_count;
-            let mut row = 0;
-            let mut place_of_page = place;
-            while row < row_count {
-                page::<F, V, T, N>(block, &lane, &mut inputs, row_count - row, place_of_page);
-                place_of_page += rows * count * warps * 4;
-                row += rows;
+        // The weights are in registers: the page may be filled again.
+        block.pages.release(block.warp_lane());
+        if lane.row < rows_left {
+            let weights = words.map(|words| widened::<F, V>(words));
+            for t in 0..T {
+                let is_there = is_inside && (t as u32) < lane.count;
+                let input = if is_there { take_input::<V>(lane, t as u32, first) } else { [0.0; V] };
+                for row in 0..ROWS {
+                    for idx in 0..V {
+                        sums[row * T + t] = fma(weights[row][idx], input[idx], sums[row * T + t]);
+                    }
+                }
             }
-            place += row_count * count * warps * 4;
         }
         first += CHUNK_COLUMNS;
     }
+    sums
 }
 
-/// Brings a window of columns of all input rows near.
+/// The lane's inputs of one token in the chunk that begins at column `first`.
 #[inline(always)]
-fn take_window(block: &Block, x: Rows, count: u32, first: u32, len: u32, stride: u32) {
-    sync_compute();
-    let inputs = super::memory::generic(block.shared + INPUTS);
-    for token in 0..count {
-        let from = x.values.sub(token as usize * x.stride, (first + len) as usize);
-        copy_window(block, from, first, len, inputs + u64::from(token * stride) * 4);
-    }
-    sync_compute();
-}
-
-/// The lane's inputs of tokens `token..`, zeros for those that do not exist.
-#[inline(always)]
-fn take_inputs<const V: usize, const T: usize>(lane: &Lane, token: u32, out: &mut [[f32; V]; T]) {
-    for (t, out) in (token..).zip(out) {
-        *out = [0.0; V];
-        if lane.is_inside && t < lane.count {
-            for half in 0..V / 4 {
-                // SAFETY: this lane's columns of an input row; the halves of a group are 128 values
-                // apart.
-                let quad = unsafe {
-                    load_shared(lane.input + t * lane.input_pitch + half as u32 * 512)
-                };
-                for idx in 0..4 {
-                    out[half * 4 + idx] = quad[idx];
-                }
+fn take_input<const V: usize>(lane: &Lane, token: u32, first: u32) -> [f32; V] {
+    let mut input = [0.0; V];
+    for half in 0..V / 4 {
+        let offset = token * lane.input_pitch + first * 4;
+        // SAFETY: this lane's columns of an input row; near, the halves of a group are 128 values
+        // apart.
+        let quad = unsafe {
+            if lane.is_near {
+                load_shared(lane.input_near + offset + half as u32 * 512)
+            } else {
+                load_global(lane.input + u64::from(offset) + half as u64 * 16)
             }
-        }
-    }
-}
-
-/// Multiplies one page, of which `rows_left` rows remain in the segment.
-#[inline(always)]
-fn page<const F: u16, const V: usize, const T: usize, const N: usize>(
-    block: &Block,
-    lane: &Lane,
-    inputs: &mut [[f32; V]; T],
-    rows_left: u32,
-    mut place: u32,
-) {
-    block.pages.wait_full();
-    let address = block.pages.address() + lane.vector;
-    let mut words = [[0u32; 4]; ROWS];
-    for (row, words) in (0u32..).zip(&mut words) {
-        if lane.is_inside && lane.row + row < rows_left {
-            // SAFETY: a vector of a full page.
-            *words = unsafe { load_shared_words(address + row * lane.pitch) };
-        }
-    }
-    // The weights are in registers: the page may be filled again.
-    block.pages.release(block.warp_lane());
-    if lane.row >= rows_left {
-        return;
-    }
-    let is_mine = lane.row + lane.sum_row < rows_left && lane.sum_row < ROWS_PER_WARP;
-    let mut token = 0;
-    loop {
-        let sum = products::<F, V, T, N>(block, &words, inputs);
-        if is_mine && token + lane.sum_token < lane.count {
-            // SAFETY: this lane's own partial sum, in the area of partials.
-            unsafe {
-                let old = if lane.adds { load_shared_f32(place) } else { 0.0 };
-                store_shared_f32(place, if lane.adds { old + sum } else { sum });
-            }
-        }
-        token += T as u32;
-        if T == 1 || token >= lane.count {
-            break;
-        }
-        take_inputs(lane, token, inputs);
-        place += T as u32 * (CHUNK_COLUMNS / (WARP_LANES * V as u32)) * 4;
-    }
-    if T > 1 && token > T as u32 {
-        take_inputs(lane, 0, inputs);
-    }
-}
-
-/// Sums of the warp's four rows times `T` tokens, scattered over the lanes.
-#[inline(always)]
-fn products<const F: u16, const V: usize, const T: usize, const N: usize>(
-    block: &Block,
-    words: &[[u32; 4]; ROWS],
-    inputs: &[[f32; V]; T],
-) -> f32 {
-    let mut sums = [0.0f32; N];
-    for row in 0..ROWS {
-        let (low, high) = match F {
-            F32 => (words[row].map(f32::from_bits), [0.0; 4]),
-            F16 => widen_words(WeightFormat::F16, words[row]),
-            _ => widen_words(WeightFormat::Bf16, words[row]),
         };
-        for t in 0..T {
-            let mut sum = 0.0;
-            for idx in 0..4 {
-                sum = fma(low[idx], inputs[t][idx], sum);
-            }
-            if V == 8 {
-                for idx in 0..4 {
-                    sum = fma(high[idx], inputs[t][(idx + 4) % V], sum);
-                }
-            }
-            sums[row * T + t] = sum;
+        for idx in 0..4 {
+            input[half * 4 + idx] = quad[idx];
         }
     }
-    warp::sum_scattered::<N>(sums, block.warp_lane())
+    input
+}
+
+#[inline(always)]
+fn widened<const F: u16, const V: usize>(words: [u32; 4]) -> [f32; V] {
+    let (low, high) = match F {
+        F32 => (words.map(f32::from_bits), [0.0; 4]),
+        F16 => widen_words(WeightFormat::F16, words),
+        _ => widen_words(WeightFormat::Bf16, words),
+    };
+    core::array::from_fn(|idx| if idx < 4 { low[idx % 4] } else { high[idx % 4] })
 }
 
 const _: () = assert!(vector_values(WeightFormat::Bf16) == 8);

@@ -37,7 +37,7 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, _: &Claim) -> Result<(), Stop
 fn with_worker(slot: u32, kept: u64, opcode: Opcode) -> (bool, u64) {
     let shared = shared_base();
     let header = header(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header.page_count);
+    let block = Block::new(sreg::thread_idx(), shared, header);
     block.pages.go_to(slot);
     // SAFETY: words of the slot, which is full while the op runs.
     let (task_idx, epoch) =
