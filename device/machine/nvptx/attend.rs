@@ -37,9 +37,9 @@ pub fn rotate<const P: usize>(item: Rotation, dims: &Dims, lane: usize) {
     }
     if item.norm.is_some() {
         let mut sum = 0.0;
-        for [a, b] in pairs {
-            sum = fma(a, a, sum);
-            sum = fma(b, b, sum);
+        for p in 0..P {
+            sum = fma(pairs[p][0], pairs[p][0], sum);
+            sum = fma(pairs[p][1], pairs[p][1], sum);
         }
         let mean = warp::sum(sum) / dims.kv.head_dim as f32;
         let scale = 1.0 / sqrt(mean + dims.rms_norm_eps);
@@ -62,7 +62,7 @@ pub fn rotate<const P: usize>(item: Rotation, dims: &Dims, lane: usize) {
 pub fn attend(block: &Block, split: Split) {
     match split.head_dim.div_ceil(WARP_LANES as usize) {
         1 | 2 => attend_groups::<2, 4, 4, 16>(block, split),
-        3 | 4 => attend_groups::<4, 4, 4, 16>(block, split),
+        3 | 4 => attend_groups::<4, 2, 4, 8>(block, split),
         5..=8 => attend_groups::<8, 2, 2, 4>(block, split),
         _ => attend_groups::<16, 1, 1, 1>(block, split),
     }

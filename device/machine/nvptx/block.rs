@@ -52,7 +52,7 @@ impl Block {
     /// The block whose memory begins at `shared`.
     #[inline(always)]
     pub fn new(thread_idx: u32, shared: u32, header: &ProgramHeader) -> Block {
-        let pages = PageCursor::new(shared, header.page_count, header.input_values);
+        let pages = PageCursor::new(shared, header);
         let input_values = header.input_values;
         Block { thread_idx, shared, input_values, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
     }
@@ -213,7 +213,7 @@ impl Machine for Block {
             let source = from(row).address();
             let (mut sum, mut base) = (0.0, first);
             while base < dim {
-                let quads = read_quads(source, base, dim, false);
+                let quads = read_quads::<4>(source, base, dim, false);
                 for (step, quad) in (0..LOADS_AHEAD).zip(&quads) {
                     if base + step * STEP < dim {
                         // SAFETY: four adjacent values of the output row, this lane's own.
@@ -230,7 +230,7 @@ impl Machine for Block {
         let (mut base, mut is_ordered) = (first, false);
         while base < dim || !is_ordered {
             // The first weights arrive while the block waits for the sums.
-            let weights = read_quads(weight.address(), base, dim, true);
+            let weights = read_quads::<4>(weight.address(), base, dim, true);
             if !is_ordered {
                 sync_compute();
                 is_ordered = true;
@@ -373,15 +373,15 @@ impl Machine for Block {
         let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
         let mut base = self.thread_idx * QUAD;
         while base < whole {
-            let quads = read_quads(values.address(), base, whole, false);
-            for (step, quad) in (0..LOADS_AHEAD).zip(&quads) {
+            let quads = read_quads::<16>(values.address(), base, whole, false);
+            for (step, quad) in (0u32..).zip(&quads) {
                 if base + step * STEP < whole {
                     for (idx, value) in (0..QUAD).zip(quad) {
                         look(*value, base + step * STEP + idx);
                     }
                 }
             }
-            base += LOADS_AHEAD * STEP;
+            base += 16 * STEP;
         }
         let mut index = whole + self.thread_idx;
         while index < len {
@@ -440,13 +440,13 @@ pub fn sqrt(x: f32) -> f32 {
     core::intrinsics::sqrtf32(x)
 }
 
-/// `LOADS_AHEAD` quads of a row of `dim` values, from column `base` on, one for each turn of the
+/// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the
 /// computing lanes; zeros past the end. All loads are in flight together.
 #[inline(always)]
-fn read_quads(address: u64, base: u32, dim: u32, is_constant: bool) -> [Quad; 4] {
-    let mut quads = [[0.0; QUAD as usize]; LOADS_AHEAD as usize];
+fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bool) -> [Quad; N] {
+    let mut quads = [[0.0; QUAD as usize]; N];
     let address = address + u64::from(base) * 4;
-    for (step, quad) in (0..LOADS_AHEAD).zip(&mut quads) {
+    for (step, quad) in (0u32..).zip(&mut quads) {
         if base + step * STEP < dim {
             let from = address + u64::from(step * STEP) * 4;
             // SAFETY: rows are multiples of four values, aligned to 16 bytes, and the column is in

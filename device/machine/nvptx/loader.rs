@@ -117,9 +117,12 @@ pub fn header<'a>(shared: u32) -> &'a ProgramHeader {
 impl PageCursor {
     /// The first page.
     #[inline(always)]
-    pub fn new(shared: u32, page_count: u32, input_values: u32) -> PageCursor {
+    pub fn new(shared: u32, header: &ProgramHeader) -> PageCursor {
         let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
-        PageCursor { ring: RingCursor::new(full, empty, page_count), first: shared + pages(input_values) }
+        PageCursor {
+            ring: RingCursor::new(full, empty, header.page_count),
+            first: shared + pages(header.input_values),
+        }
     }
 
     /// Goes to the page that the loading warp noted in a task's slot.
@@ -192,6 +195,7 @@ pub fn load(worker: &Worker<Block>) {
         if !take_empty(block, lane, &tasks) {
             break;
         }
+        barrier::sync_warp();
         let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
         fill_slot(slot, lane, task_idx, epoch, address, &block.pages);
         barrier::sync_warp();
@@ -226,7 +230,8 @@ fn claim(worker: &Worker<Block>, lane: u32) -> (u32, u32, u64) {
     (task_idx, epoch, worker.header.tasks + offset)
 }
 
-/// Waits for an empty slot; false if the block stops. All lanes of the warp.
+/// Waits for an empty slot; false if the block stops. All lanes of the warp; lane 0 has the edge to
+/// who emptied the slot, the others after the next `sync_warp`.
 #[inline(always)]
 fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
     let mut goes_on = 1;
@@ -239,7 +244,6 @@ fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
             }
         }
     }
-    barrier::sync_warp();
     warp::take_word(goes_on, 0) != 0
 }
 
@@ -271,35 +275,36 @@ fn fill_slot(
 #[inline(always)]
 fn stream(block: &Block, lane: u32, task: &Task) -> bool {
     let args = LinearArgs::unpack(task);
-    let value_bytes = args.format.value_bytes();
-    let row_bytes = u64::from(args.in_dim) * value_bytes;
+    let value_bytes = args.format.value_bytes() as u32;
+    let (row_bytes, rows) = (args.in_dim * value_bytes, page_rows(args.format));
     #[cfg(tilert_sm90)]
     let policy = copy::evict_first();
     for idx in 0..task.segment_count() {
         let segment = task.segment(idx);
-        let mut row = 0;
-        while row < segment.row_count {
+        let mut from = segment.weights;
+        let mut left = segment.row_count;
+        while left > 0 {
             let mut first = 0;
-            while first < args.in_dim {
+            while first < row_bytes {
+                let pitch = (CHUNK_COLUMNS * value_bytes).min(row_bytes - first);
                 if !take_empty(block, lane, &block.pages.ring) {
                     return false;
                 }
                 let part = Part {
-                    from: segment.weights
-                        + u64::from(row) * row_bytes
-                        + u64::from(first) * value_bytes,
+                    from: from + u64::from(first),
                     row_bytes,
-                    pitch: CHUNK_COLUMNS.min(args.in_dim - first) * value_bytes as u32,
-                    row_count: page_rows(args.format).min(segment.row_count - row),
+                    pitch,
+                    row_count: rows.min(left),
                 };
                 #[cfg(tilert_sm90)]
                 fill(&block.pages, lane, &part, policy);
                 #[cfg(not(tilert_sm90))]
                 fill(&block.pages, lane, &part);
                 block.pages.ring.advance();
-                first += CHUNK_COLUMNS;
+                first += pitch;
             }
-            row += page_rows(args.format);
+            from += u64::from(rows * row_bytes);
+            left -= rows.min(left);
         }
     }
     true
@@ -308,7 +313,7 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
 /// What a page holds: rows of `pitch` bytes that are `row_bytes` apart in memory.
 struct Part {
     from: u64,
-    row_bytes: u64,
+    row_bytes: u32,
     pitch: u32,
     row_count: u32,
 }
@@ -316,18 +321,17 @@ struct Part {
 #[cfg(tilert_sm90)]
 #[inline(always)]
 fn fill(pages: &PageCursor, lane: u32, part: &Part, policy: u64) {
-    let full = pages.ring.full();
+    let (full, bytes) = (pages.ring.full(), part.row_count * part.pitch);
     if lane == 0 {
         // SAFETY: an initialised barrier; the copies below have so many bytes.
-        unsafe { barrier::arrive_expect(full, part.row_count * part.pitch) };
+        unsafe { barrier::arrive_expect(full, bytes) };
     }
     barrier::sync_warp();
     // Rows that touch go in one copy.
-    let is_whole = u64::from(part.pitch) == part.row_bytes;
-    let (copies, bytes) =
-        if is_whole { (1, part.row_count * part.pitch) } else { (part.row_count, part.pitch) };
+    let is_whole = part.pitch == part.row_bytes;
+    let (copies, bytes) = if is_whole { (1, bytes) } else { (part.row_count, part.pitch) };
     if lane < copies {
-        let from = part.from + u64::from(lane) * part.row_bytes;
+        let from = part.from + u64::from(lane * part.row_bytes);
         // SAFETY: weights are bound and aligned to 16 bytes, rows are multiples of 16 bytes, and
         // the page is empty until its barrier says otherwise.
         unsafe { copy::bulk(pages.address() + lane * part.pitch, from, bytes, full, policy) };
@@ -337,12 +341,13 @@ fn fill(pages: &PageCursor, lane: u32, part: &Part, policy: u64) {
 #[cfg(not(tilert_sm90))]
 #[inline(always)]
 fn fill(pages: &PageCursor, lane: u32, part: &Part) {
+    barrier::sync_warp();
     let vectors = part.pitch / 16;
     for row in 0..part.row_count {
         let mut vector = lane;
         while vector < vectors {
             let offset = vector * 16;
-            let from = part.from + u64::from(row) * part.row_bytes + u64::from(offset);
+            let from = part.from + u64::from(row * part.row_bytes + offset);
             // SAFETY: as for the bulk copy of newer chips.
             unsafe { copy::vector(pages.address() + row * part.pitch + offset, from) };
             vector += WARP_LANES;
