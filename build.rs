@@ -105,7 +105,7 @@ fn compile(
         .arg("--target-dir")
         .arg(&folder)
         // There is no linker for this target, and none is needed: the assembly is complete.
-        .args(["--", "--emit=asm", "-Clinker=true", "-Cllvm-args=-unroll-threshold=1000 -unroll-runtime=false"]);
+        .args(["--", "--emit=asm", "-Clinker=true", "-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false"]);
     let output = command.output().map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).replace('\n', " | "));

@@ -21,7 +21,7 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
-use tilert_mk_shared::tile;
+use tilert_mk_shared::tile::SharedPlan;
 use tilert_mk_shared::trace::TraceRecord;
 
 use self::bind::{bind, bytes_of, format_of, load, open_checkpoint, read_config};
@@ -280,7 +280,7 @@ impl Engine {
         let (kv, slots) = (&program.dims.kv, program.dims.kv.slot_count);
         let prompts = u64::from(slots) * u64::from(kv.context_max) * 4;
         let row = program.dims.intermediate_dim.max(program.dims.prologue_dim_max);
-        let inputs = tile::input_values(row);
+        let near = SharedPlan::new(device.profile().shared_bytes, row);
         let uploaded = |device: &mut dyn Device, what: &str, bytes: &[u8]| {
             let address = device.reserve(what, bytes.len() as u64)?;
             device.write(address, bytes)?;
@@ -293,8 +293,8 @@ impl Engine {
             event_count: program.event_arrivals.len() as u32,
             begin_event: program.begin_event.0,
             trace_capacity: trace_capacity as u32,
-            page_count: tile::page_count(device.profile().shared_bytes, inputs).unwrap_or(0),
-            input_values: inputs,
+            page_count: near.map_or(0, |plan| plan.page_count),
+            input_bytes: near.map_or(0, |plan| plan.input_bytes),
             reserved: 0,
             polls_per_look: POLLS_PER_LOOK,
             wait_ns_max: options.wait_ns_max,

@@ -9,7 +9,7 @@
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
-use tilert_mk_shared::program::{Dims, HeapPlan};
+use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
     AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Segment, Task, WeightFormat,
@@ -141,7 +141,7 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         step_tokens_max: options.step_tokens_max,
         task_rows_max: 1,
         prologue_dim_max: config.hidden_dim.max(config.query_dim()),
-        reserved: 0,
+        sample_bin_count: SAMPLE_BIN_COUNT as u32,
         kv: KvGeometry {
             layer_count: config.layer_count,
             slot_count: options.slot_count,

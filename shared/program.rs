@@ -28,8 +28,8 @@ pub struct Dims {
     pub task_rows_max: u32,
     /// Values in the longest row that a prologue produces.
     pub prologue_dim_max: u32,
-    /// Keeps the KV geometry aligned.
-    pub reserved: u32,
+    /// Bins of the sampler's histogram: `SAMPLE_BIN_COUNT`, as a number that compilers do not know.
+    pub sample_bin_count: u32,
     /// The KV cache.
     pub kv: KvGeometry,
 }
@@ -249,8 +249,8 @@ pub struct ProgramHeader {
     pub page_count: u32,
     /// Polls of an event between two looks at the stop word, the clock and other queues.
     pub polls_per_look: u32,
-    /// Values of each block's area of input rows; 0 on the CPU.
-    pub input_values: u32,
+    /// Bytes of each block's area of input rows; 0 on the CPU.
+    pub input_bytes: u32,
     /// Keeps the addresses aligned.
     pub reserved: u32,
     /// Time after which a wait inside a step is a fault.

@@ -3,7 +3,8 @@
 //! Of each segment of a linear task, `page_rows` rows at a time are cut into chunks of
 //! `CHUNK_COLUMNS` columns, and each chunk fills a page. Both the warp that loads and the warps that
 //! multiply walk pages in this order, so nothing but the pages themselves passes between them.
-//! A warp multiplies `ROWS_PER_WARP` rows by 32 vectors of 16 bytes.
+//! Of f32 and f16 weights, a warp multiplies `ROWS_PER_WARP` rows by 32 vectors of 16 bytes; bf16
+//! weights go to tensor cores.
 
 use crate::program::ProgramHeader;
 use crate::task::{Task, WeightFormat};
@@ -11,7 +12,7 @@ use crate::task::{Task, WeightFormat};
 /// Columns of a page.
 pub const CHUNK_COLUMNS: u32 = 1024;
 /// Rows of a page that one warp multiplies.
-pub const ROWS_PER_WARP: u32 = 4;
+pub const ROWS_PER_WARP: u32 = 8;
 /// Lanes of a warp.
 pub const WARP_LANES: u32 = 32;
 /// Warps of a block that compute; one more loads.
@@ -21,9 +22,9 @@ pub const COMPUTE_LANES: u32 = COMPUTE_WARPS * WARP_LANES;
 /// Threads of a block.
 pub const BLOCK_THREADS: u32 = COMPUTE_LANES + WARP_LANES;
 /// Bytes of a page.
-pub const PAGE_BYTES: u32 = 16384;
+pub const PAGE_BYTES: u32 = 32768;
 /// Pages of a ring at most.
-pub const PAGE_COUNT_MAX: u32 = 16;
+pub const PAGE_COUNT_MAX: u32 = 8;
 /// Tasks that are staged ahead at most.
 pub const TASK_SLOT_COUNT: u32 = 4;
 /// Bytes from one staged task to the next: the record, then its index, its step and its
@@ -33,10 +34,12 @@ pub const TASK_SLOT_BYTES: u32 = 256;
 pub const TILE_ROWS_MAX: u32 = 64;
 /// Tokens of a step on a GPU at most.
 pub const GPU_STEP_TOKENS_MAX: u32 = 8;
-/// Input values that shared memory holds at least, and at most. What does not fit stays in the heap.
-pub const INPUT_VALUES_MIN: u32 = 8192;
-/// See `INPUT_VALUES_MIN`.
-pub const INPUT_VALUES_MAX: u32 = 16384;
+/// Bytes of shared memory for input rows at least, and at most. Rows that do not fit stay in the heap.
+pub const INPUT_BYTES_MIN: u32 = 8 << 10;
+/// See `INPUT_BYTES_MIN`.
+pub const INPUT_BYTES_MAX: u32 = 96 << 10;
+/// Pages that a ring has at least.
+pub const PAGE_COUNT_MIN: u32 = 2;
 /// Query heads times head dimension that attention handles at once.
 pub const ATTENTION_VALUES: u32 = 512;
 
@@ -95,44 +98,51 @@ pub const PRODUCTS: u32 =
     PARTIALS + if PARTIAL_BYTES > ATTENTION_BYTES { PARTIAL_BYTES } else { ATTENTION_BYTES };
 /// Offset of the input rows.
 pub const INPUTS: u32 = PRODUCTS + f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX);
-/// Values of the area of input rows for a longest row of `row_values`.
-#[inline]
-pub const fn input_values(row_values: u32) -> u32 {
-    let values = row_values.next_multiple_of(256);
-    if values < INPUT_VALUES_MIN {
-        INPUT_VALUES_MIN
-    } else if values > INPUT_VALUES_MAX {
-        INPUT_VALUES_MAX
-    } else {
-        values
+/// What a block's shared memory is divided into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedPlan {
+    /// Bytes of the area of input rows.
+    pub input_bytes: u32,
+    /// Pages of the ring.
+    pub page_count: u32,
+}
+
+impl SharedPlan {
+    /// Divides `shared_bytes` for a longest input row of `row_values`; none if they are too few.
+    #[inline]
+    pub const fn new(shared_bytes: u32, row_values: u32) -> Option<SharedPlan> {
+        let least = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * PAGE_BYTES;
+        if shared_bytes < least {
+            return None;
+        }
+        // One row as three bf16 parts.
+        let wanted = ((row_values.next_multiple_of(64) + 32) * 6).next_multiple_of(256);
+        let room = shared_bytes - least + INPUT_BYTES_MIN;
+        let limit = if room < INPUT_BYTES_MAX { room } else { INPUT_BYTES_MAX };
+        let input_bytes = if wanted < limit { wanted } else { limit };
+        let input_bytes =
+            if input_bytes > INPUT_BYTES_MIN { input_bytes } else { INPUT_BYTES_MIN } & !255;
+        let count = (shared_bytes - ring(input_bytes)) / PAGE_BYTES;
+        let page_count = if count < PAGE_COUNT_MAX { count } else { PAGE_COUNT_MAX };
+        Some(SharedPlan { input_bytes, page_count })
+    }
+
+    /// Shared memory of a block.
+    #[inline]
+    pub const fn shared_bytes(&self) -> u32 {
+        ring(self.input_bytes) + self.page_count * PAGE_BYTES
     }
 }
 
 /// Offset of the ring of pages.
 #[inline]
-pub const fn pages(input_values: u32) -> u32 {
-    (INPUTS + f32_bytes(input_values)).next_multiple_of(1024)
-}
-
-/// Pages that fit a block of `shared_bytes`; none if not even two do.
-#[inline]
-pub const fn page_count(shared_bytes: u32, input_values: u32) -> Option<u32> {
-    let first = pages(input_values);
-    if shared_bytes < first + 2 * PAGE_BYTES {
-        return None;
-    }
-    let count = (shared_bytes - first) / PAGE_BYTES;
-    Some(if count < PAGE_COUNT_MAX { count } else { PAGE_COUNT_MAX })
-}
-
-/// Shared memory of a block with a ring of `page_count` pages.
-#[inline]
-pub const fn shared_bytes(page_count: u32, input_values: u32) -> u32 {
-    pages(input_values) + page_count * PAGE_BYTES
+pub const fn ring(input_bytes: u32) -> u32 {
+    (INPUTS + input_bytes).next_multiple_of(128)
 }
 
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
 const _: () = assert!(PARTIALS % 128 == 0 && PRODUCTS % 128 == 0 && INPUTS % 128 == 0);
-const _: () = assert!(page_count(99 << 10, INPUT_VALUES_MIN).is_some(), "GPUs with 99 KiB a block have a ring");
+const _: () =
+    assert!(SharedPlan::new(99 << 10, 8192).is_some(), "GPUs with 99 KiB a block have a ring");

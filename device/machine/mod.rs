@@ -122,8 +122,15 @@ pub trait Machine {
         }
     }
 
-    /// Memory for `count` input rows of `dim` values; `heap` is this worker's share of the heap.
-    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows;
+    /// Memory for `count` input rows of `dim` values, to be multiplied with weights of `format`, or
+    /// for rows that only `attend` reads; `heap` is this worker's share of the heap.
+    fn input_rows(
+        &self,
+        heap: Span<f32>,
+        count: usize,
+        dim: usize,
+        format: Option<WeightFormat>,
+    ) -> Rows;
 
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
     fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;
@@ -166,9 +173,9 @@ pub trait Machine {
     );
 
     /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,
-    /// into `out`, `[head_count * head_dim]`. `splits`
+    /// into row `row` of the input rows `out`. `splits`
     /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
-    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>);
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize);
 
     /// Collective: half-split RoPE of `count` vectors, each after its norm, or a plain copy.
     fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation);

@@ -42,7 +42,12 @@ fn input<M: Machine>(
         TokenRows::All => row,
         TokenRows::Logits => step.logit_tokens[row] as usize,
     };
-    let x = worker.machine.input_rows(super::scratch_input(worker), count, dim);
+    let x = worker.machine.input_rows(
+        super::scratch_input(worker),
+        count,
+        dim,
+        Some(args.format),
+    );
     let is_kept = worker.prologue.get() == Some((epoch, args.prologue_key));
     worker.prologue.set(Some((epoch, args.prologue_key)));
     match args.prologue {
@@ -70,7 +75,7 @@ fn input<M: Machine>(
                 let first = dims.split_idx(token_idx as u32, 0, 0);
                 let splits = worker.heap::<f32>(args.x + first * 4, values);
                 let split_count = attention_split_count(step.tokens[token_idx].position);
-                worker.machine.merge(dims, splits, split_count as usize, x.row(row, dim));
+                worker.machine.merge(dims, splits, split_count as usize, x, row);
             }
             worker.machine.sync();
         }

@@ -174,7 +174,7 @@ impl Kept {
 /// left there.
 #[inline(always)]
 fn walk(bins: Span<u64>, is_descending: bool, mut left: u64) -> (usize, u64) {
-    let last = SAMPLE_BIN_COUNT as usize - 1;
+    let last = bins.len() - 1;
     for step in 0..last {
         let bin = if is_descending { last - step } else { step };
         let amount = bins.read(bin);
@@ -221,7 +221,8 @@ fn draw<M: Machine>(
     let vocab = u64::from(dims.vocab_size);
     let region = worker.header.plan.sample;
     let weights = worker.heap::<u64>(region + dims.sample_weights_offset(), vocab);
-    let bins = worker.heap::<u64>(region + dims.sample_bins_offset(), SAMPLE_BIN_COUNT);
+    let bin_count = u64::from(dims.sample_bin_count);
+    let bins = worker.heap::<u64>(region + dims.sample_bins_offset(), bin_count);
     let largest = logits.read(best as usize);
     let floor = ((params.min_p * ONE) as u64).max(1);
     machine.for_each(1, vocab as usize, |_, index| {

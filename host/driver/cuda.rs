@@ -12,7 +12,7 @@ use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attribute;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{
-    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, INPUT_VALUES_MIN, TILE_ROWS_MAX, page_count, shared_bytes,
+    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX,
 };
 
 use super::{Device, Profile};
@@ -145,7 +145,7 @@ impl CudaDevice {
             Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into())
         })?;
         let text = kernel_text(&gpu)?;
-        if page_count(gpu.shared_bytes, INPUT_VALUES_MIN).is_none() {
+        if SharedPlan::new(gpu.shared_bytes, 0).is_none() {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));
         }
@@ -266,7 +266,8 @@ impl Device for CudaDevice {
         let mut header = *header;
         let mut arguments = [(&raw mut header).cast::<c_void>()];
         let (grid, block) = ((header.worker_count, 1, 1), (BLOCK_THREADS, 1, 1));
-        let bytes = shared_bytes(header.page_count, header.input_values);
+        let (page_count, input_bytes) = (header.page_count, header.input_bytes);
+        let bytes = SharedPlan { page_count, input_bytes }.shared_bytes();
         // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
         let launched = unsafe {
             if self.gpu.is_cooperative {

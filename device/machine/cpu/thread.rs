@@ -71,7 +71,13 @@ impl Machine for Thread {
     }
 
     #[inline(always)]
-    fn input_rows(&self, heap: Span<f32>, _count: usize, dim: usize) -> Rows {
+    fn input_rows(
+        &self,
+        heap: Span<f32>,
+        _count: usize,
+        dim: usize,
+        _format: Option<WeightFormat>,
+    ) -> Rows {
         Rows { values: heap, stride: dim.next_multiple_of(16) }
     }
 
@@ -149,7 +155,7 @@ impl Machine for Thread {
         }
     }
 
-    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>) {
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (dim, stride) = (dims.kv.head_dim as usize, dims.split_values() as usize);
         for head_idx in 0..dims.head_count as usize {
             let first = head_idx * ATTENTION_SPLIT_MAX as usize;
@@ -158,7 +164,7 @@ impl Machine for Thread {
             for idx in 0..split_count {
                 largest = largest.max(split(idx).read(dim));
             }
-            let out = out.sub(head_idx * dim, dim);
+            let out = out.values.sub(row * out.stride + head_idx * dim, dim);
             let out = out.as_mut_slice();
             out.fill(0.0);
             let mut total = 0.0;

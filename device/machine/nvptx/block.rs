@@ -17,6 +17,7 @@ use super::memory::{
     load_shared_f32, load_shared_word, store_global, store_shared_f32,
     store_shared_word, widen_f16,
 };
+use super::inputs::{Layout, put};
 use super::{attend, fma, multiply, ops, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
@@ -30,8 +31,6 @@ const IDLE_SLEEP_NS: u32 = 200;
 const QUAD: u32 = 4;
 /// Values of one load of all lanes.
 const STEP: u32 = QUAD * COMPUTE_LANES;
-/// Loads that a lane has in flight when it reads rows.
-const LOADS_AHEAD: u32 = 4;
 
 /// The computing part of a block, as one thread sees it.
 pub struct Block {
@@ -39,8 +38,10 @@ pub struct Block {
     pub thread_idx: u32,
     /// Shared address of the block's memory.
     pub shared: u32,
-    /// Values of the area of input rows.
-    pub input_values: u32,
+    /// Bytes of the area of input rows.
+    pub input_bytes: u32,
+    /// How the input rows of the task are kept.
+    pub layout: Cell<Layout>,
     /// The next page to multiply.
     pub pages: PageCursor,
     /// Shared address of the slot of the task that runs.
@@ -53,8 +54,8 @@ impl Block {
     #[inline(always)]
     pub fn new(thread_idx: u32, shared: u32, header: &ProgramHeader) -> Block {
         let pages = PageCursor::new(shared, header);
-        let input_values = header.input_values;
-        Block { thread_idx, shared, input_values, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
+        let (input_bytes, layout) = (header.input_bytes, Cell::new(Layout::Far));
+        Block { thread_idx, shared, input_bytes, layout, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
     }
 
     /// Index of this thread's warp.
@@ -67,12 +68,6 @@ impl Block {
     #[inline(always)]
     pub fn warp_lane(&self) -> u32 {
         self.thread_idx % WARP_LANES
-    }
-
-    /// Whether the rows are the shared input rows, whose values are swizzled.
-    #[inline(always)]
-    pub fn is_near(&self, rows: &Rows) -> bool {
-        rows.values.address() == generic(self.shared + INPUTS)
     }
 
     /// Sums of `count` values over all computing threads, at most `COMPUTE_WARPS` of them; each
@@ -95,14 +90,6 @@ impl Block {
         let (a, b) = unsafe { (load_shared(first), load_shared(first + 16)) };
         a[0] + a[1] + a[2] + a[3] + b[0] + b[1] + b[2] + b[3]
     }
-}
-
-/// Where the value of `column` is in a near input row: of every 256 columns, the first halves of
-/// all groups of 8 come before the second halves, so that 32 lanes that each read a half of their
-/// group read 512 adjacent bytes.
-#[inline(always)]
-pub fn swizzled(column: u32) -> u32 {
-    (column & !255) | (column >> 2 & 1) << 7 | (column & 255) >> 3 << 2 | (column & 3)
 }
 
 impl Machine for Block {
@@ -157,15 +144,21 @@ impl Machine for Block {
     fn stage(&self, _task: &Task) {}
 
     #[inline(always)]
-    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows {
-        let stride = dim.next_multiple_of(256);
-        if count * stride > self.input_values as usize {
+    fn input_rows(
+        &self,
+        heap: Span<f32>,
+        count: usize,
+        dim: usize,
+        format: Option<WeightFormat>,
+    ) -> Rows {
+        let layout = Layout::new(count as u32, dim as u32, format, self.input_bytes);
+        self.layout.set(layout);
+        if layout == Layout::Far {
             return Rows { values: heap, stride: dim.next_multiple_of(16) };
         }
+        let (near, len) = (generic(self.shared + INPUTS), self.input_bytes as usize / 4);
         // SAFETY: the input area of this block's memory, which only its lanes use.
-        let values =
-            unsafe { Span::new(generic(self.shared + INPUTS), self.input_values as usize) };
-        Rows { values, stride }
+        Rows { values: unsafe { Span::new(near, len) }, stride: dim.next_multiple_of(256) }
     }
 
     #[inline(always)]
@@ -178,17 +171,24 @@ impl Machine for Block {
 
     #[inline(always)]
     fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows {
-        if !self.is_near(&to) {
-            return from;
+        let layout = self.layout.get();
+        if layout == Layout::Far || is_kept {
+            return if layout == Layout::Far { from } else { to };
         }
-        if !is_kept {
-            for row in 0..count {
-                let source = from.row(row, dim);
-                let place = to.values.address() + (row * to.stride) as u64 * 4;
-                multiply::copy_row(self, source, dim as u32, place);
+        for row in 0..count as u32 {
+            let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
+            let mut base = self.thread_idx * QUAD;
+            while base < dim as u32 {
+                let quads = read_quads::<8>(source, base, dim as u32, false);
+                for (step, quad) in (0u32..).zip(&quads) {
+                    if base + step * STEP < dim as u32 {
+                        put(self.shared, layout, &to, row, base + step * STEP, *quad);
+                    }
+                }
+                base += 8 * STEP;
             }
-            sync_compute();
         }
+        sync_compute();
         to
     }
 
@@ -201,29 +201,19 @@ impl Machine for Block {
         eps: f32,
         out: Rows,
     ) {
-        let dim = weight.len() as u32;
+        let (dim, layout) = (weight.len() as u32, self.layout.get());
         let first = self.thread_idx * QUAD;
-        // Blocks of 256 columns stay where they are, and lanes step by multiples of them.
-        let lane_place = if self.is_near(&out) { swizzled(first) } else { first };
-        let place = |row: usize, base: u32, step: u32| {
-            let value = row as u32 * out.stride as u32 + lane_place + base - first + step * STEP;
-            (out.values.address() + u64::from(value) * 4) as *mut Quad
-        };
         for row in 0..count {
             let source = from(row).address();
             let (mut sum, mut base) = (0.0, first);
             while base < dim {
                 let quads = read_quads::<4>(source, base, dim, false);
-                for (step, quad) in (0..LOADS_AHEAD).zip(&quads) {
-                    if base + step * STEP < dim {
-                        // SAFETY: four adjacent values of the output row, this lane's own.
-                        unsafe { place(row, base, step).write(*quad) };
-                        for value in quad {
-                            sum = fma(*value, *value, sum);
-                        }
+                for quad in &quads {
+                    for value in quad {
+                        sum = fma(*value, *value, sum);
                     }
                 }
-                base += LOADS_AHEAD * STEP;
+                base += 4 * STEP;
             }
             self.block_sum(row, sum);
         }
@@ -236,18 +226,18 @@ impl Machine for Block {
                 is_ordered = true;
             }
             for row in 0..count {
+                let quads = read_quads::<4>(from(row).address(), base, dim, false);
                 let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
-                for (step, weight) in (0..LOADS_AHEAD).zip(&weights) {
-                    if base + step * STEP < dim {
-                        // SAFETY: as above; this lane wrote these values.
-                        let values = unsafe { &mut *place(row, base, step) };
-                        for (value, weight) in values.iter_mut().zip(weight) {
-                            *value = *value * scale * weight;
-                        }
+                for step in 0..4 {
+                    let (quad, weight) = (quads[step], weights[step]);
+                    let column = base + step as u32 * STEP;
+                    if column < dim {
+                        let values = core::array::from_fn(|idx| quad[idx] * scale * weight[idx]);
+                        put(self.shared, layout, &out, row as u32, column, values);
                     }
                 }
             }
-            base += LOADS_AHEAD * STEP;
+            base += 4 * STEP;
         }
         sync_compute();
     }
@@ -289,30 +279,24 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Span<f32>) {
+    fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (dim, stride) = (dims.kv.head_dim, dims.split_values());
-        let is_near = out.address() >= generic(self.shared + INPUTS)
-            && out.address() < generic(self.shared + INPUTS) + u64::from(self.input_values) * 4;
-        let first = self.thread_idx * QUAD;
-        let place = if is_near { swizzled(first) } else { first };
-        let out = out.address() + u64::from(place) * 4;
-        let len = dims.head_count * dim;
+        let (first, len) = (self.thread_idx * QUAD, dims.head_count * dim);
         let mut base = 0;
         while first + base < len {
             let mut quads = [[0.0; QUAD as usize]; MERGES_AHEAD as usize];
             for (step, quad) in (0..MERGES_AHEAD).zip(&mut quads) {
                 let column = first + base + step * STEP;
                 if column < len {
-                    let row = column / dim * ATTENTION_SPLIT_MAX * stride;
-                    let head = splits.address() + u64::from(row) * 4;
+                    let head = column / dim * ATTENTION_SPLIT_MAX * stride;
+                    let head = splits.address() + u64::from(head) * 4;
                     *quad = merge_quad(self, head, [column % dim, dim, stride], split_count as u32);
                 }
             }
             for (step, quad) in (0..MERGES_AHEAD).zip(&quads) {
-                if first + base + step * STEP < len {
-                    let to = out + u64::from(base + step * STEP) * 4;
-                    // SAFETY: four adjacent values of the output row, this lane's own.
-                    unsafe { (to as *mut Quad).write(*quad) };
+                let column = first + base + step * STEP;
+                if column < len {
+                    put(self.shared, self.layout.get(), &out, row as u32, column, *quad);
                 }
             }
             base += MERGES_AHEAD * STEP;
@@ -478,8 +462,8 @@ fn merge_quad(block: &Block, head: u64, [value, dim, stride]: [u32; 3], count: u
         let (sums, score) = unsafe { (load_global(at(split, value)), load_global(at(split, dim))) };
         let weight = block.exp(score[0] - largest);
         total = fma(weight, score[1], total);
-        for (merged, sum) in merged.iter_mut().zip(sums) {
-            *merged = fma(sum, weight, *merged);
+        for idx in 0..4 {
+            merged[idx] = fma(sums[idx], weight, merged[idx]);
         }
     }
     merged.map(|sum| sum / total)

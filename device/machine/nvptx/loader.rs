@@ -13,7 +13,7 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, TASK_EMPTY_BARRIERS,
-    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows, pages,
+    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows, ring,
 };
 
 use super::block::Block;
@@ -121,7 +121,7 @@ impl PageCursor {
         let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
         PageCursor {
             ring: RingCursor::new(full, empty, header.page_count),
-            first: shared + pages(header.input_values),
+            first: shared + ring(header.input_bytes),
         }
     }
 

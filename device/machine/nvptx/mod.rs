@@ -8,12 +8,14 @@ pub mod barrier;
 pub mod block;
 pub mod copy;
 pub mod counter;
+pub mod inputs;
 pub mod kernel;
 pub mod loader;
 pub mod memory;
 pub mod multiply;
 pub mod ops;
 pub mod sreg;
+pub mod tensor;
 pub mod warp;
 
 /// `a * b + c`, rounded once.

@@ -1,43 +1,42 @@
-//! Products of staged weights: the hot path.
+//! Products of staged weights; of f32 and f16 weights here, of bf16 weights on tensor cores.
 //!
-//! Each warp takes four rows of a page and the columns of its 32 lanes; a lane multiplies one
+//! Each warp takes eight rows of a page and the columns of its 32 lanes; a lane multiplies one
 //! 16-byte vector of each row and keeps its sums through all chunks of the rows. Then lanes are
 //! summed by exchange, and the warps that share a row at the end, in order. A product's additions
 //! therefore depend on `in_dim` and the weights' format alone.
 //!
-//! Cost: about 110 instructions per page and warp for one token; eight warps take the 16 KiB of a
-//! page.
 
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_LANES, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES,
+    CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES,
     column_warps, page_rows, vector_values,
 };
 
 use super::barrier::sync_compute;
-use super::block::{Block, near, swizzled, widen_words};
+use super::block::{Block, near, widen_words};
+use super::inputs::{Layout, swizzled};
 use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
-use super::{fma, warp};
-use crate::machine::memory::Span;
+use super::{fma, tensor, warp};
 use crate::machine::{Machine, Rows};
 
 const ROWS: usize = ROWS_PER_WARP as usize;
 const F32: u16 = WeightFormat::F32 as u16;
 const F16: u16 = WeightFormat::F16 as u16;
-const BF16: u16 = WeightFormat::Bf16 as u16;
 
 /// See `Machine::multiply`.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize, out: Rows) {
     let format = LinearArgs::unpack(task).format;
-    match format {
-        WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count as u32),
-        WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count as u32),
-        WeightFormat::Bf16 => by_count::<BF16, 8>(block, task, x, count as u32),
-    }
     let count = count as u32;
+    match format {
+        WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
+        WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
+        WeightFormat::Bf16 => tensor::multiply(block, task, x, count),
+    }
     sync_compute();
-    let (warps, partials) = (column_warps(format), block.shared + PARTIALS);
+    let partials = block.shared + PARTIALS;
+    let warps =
+        if format == WeightFormat::Bf16 { COMPUTE_WARPS } else { column_warps(format) };
     let row_count = LinearArgs::unpack(task).row_count() as usize;
     block.for_each(count as usize, row_count, |token, row| {
         let first = (row as u32 * count + token as u32) * warps;
@@ -64,35 +63,6 @@ pub fn discard(block: &Block, task: &Task) {
     }
 }
 
-/// Copies a row of `len` values into near memory, swizzled. All lanes call it.
-#[inline(always)]
-pub fn copy_row(block: &Block, from: Span<f32>, len: u32, to: u64) {
-    const AHEAD: u32 = 8;
-    let step = 4 * COMPUTE_LANES;
-    let mut base = block.thread_idx * 4;
-    // Blocks of 256 columns stay where they are, and `step` is a multiple of them.
-    let mut place = to + u64::from(swizzled(base)) * 4;
-    let mut source = from.address() + u64::from(base) * 4;
-    while base < len {
-        let mut quads = [[0.0; 4]; AHEAD as usize];
-        for (turn, quad) in (0..AHEAD).zip(&mut quads) {
-            if base + turn * step < len {
-                // SAFETY: rows are multiples of four values, aligned to 16 bytes, and the column is
-                // in the row.
-                *quad = unsafe { load_global(source + u64::from(turn * step) * 4) };
-            }
-        }
-        for (turn, quad) in (0..AHEAD).zip(&quads) {
-            if base + turn * step < len {
-                // SAFETY: four adjacent values of the target row, this lane's own.
-                unsafe { ((place + u64::from(turn * step) * 4) as *mut [f32; 4]).write(*quad) };
-            }
-        }
-        (base, place) = (base + AHEAD * step, place + u64::from(AHEAD * step) * 4);
-        source += u64::from(AHEAD * step) * 4;
-    }
-}
-
 /// What one lane multiplies in every page.
 struct Lane {
     /// Bytes from a page's start to this lane's vector in a row.
@@ -115,15 +85,15 @@ struct Lane {
 #[inline(always)]
 fn by_count<const F: u16, const V: usize>(block: &Block, task: &Task, x: Rows, count: u32) {
     match count {
-        1 => run::<F, V, 1, 4>(block, task, x, count),
-        2..=4 => run::<F, V, 4, 16>(block, task, x, count),
-        _ => run::<F, V, 8, 32>(block, task, x, count),
+        1 => run::<F, V, 1, 8, 1>(block, task, x, count),
+        2..=4 => run::<F, V, 4, 32, 1>(block, task, x, count),
+        _ => run::<F, V, 4, 32, 2>(block, task, x, count),
     }
 }
 
-/// Multiplies all pages of a task with up to `T` tokens; `N` is four times `T`.
+/// Multiplies all pages of a task with up to `B` times `T` tokens; `N` is `ROWS` times `T`.
 #[inline(always)]
-fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
+fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: usize>(
     block: &Block,
     task: &Task,
     x: Rows,
@@ -132,8 +102,8 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
     let (warps, value_bytes) = (CHUNK_COLUMNS / (WARP_LANES * V as u32), 16 / V as u32);
     let (column_warp, row_warp) = (block.warp_idx() % warps, block.warp_idx() / warps);
     let column = (column_warp * WARP_LANES + block.warp_lane()) * V as u32;
-    let rows = 8 / warps * ROWS_PER_WARP;
-    let is_near = block.is_near(&x);
+    let rows = COMPUTE_WARPS / warps * ROWS_PER_WARP;
+    let is_near = block.layout.get() == Layout::Near;
     let lane = Lane {
         vector: column * value_bytes,
         column,
@@ -148,19 +118,23 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
     // Row and token whose sum this lane holds after the exchange, if any.
     let holder = block.warp_lane() / (WARP_LANES / N as u32);
     let (sum_row, sum_token) = (holder / T as u32, holder % T as u32);
-    let is_holder = block.warp_lane() % (WARP_LANES / N as u32) == 0 && sum_token < count;
+    let is_holder = block.warp_lane() % (WARP_LANES / N as u32) == 0;
     let place = ((lane.row + sum_row) * count + sum_token) * warps + column_warp;
     let mut place = block.shared + PARTIALS + place * 4;
     for idx in 0..task.segment_count() {
         let row_count = task.segment(idx).row_count;
         let (mut row, mut place_of_page) = (0, place);
         while row < row_count {
-            let sums = group::<F, V, T, N>(block, &lane, row_count - row);
+            let sums = group::<F, V, T, N, B>(block, &lane, row_count - row);
             if lane.row < row_count - row {
-                let sum = warp::sum_scattered::<N>(sums, block.warp_lane());
-                if is_holder && lane.row + sum_row < row_count - row {
-                    // SAFETY: this lane's own partial sum, in the area of partials.
-                    unsafe { store_shared_f32(place_of_page, sum) };
+                for b in 0..B {
+                    let sum = warp::sum_scattered::<N>(sums[b], block.warp_lane());
+                    let token = (b * T) as u32;
+                    let is_row = lane.row + sum_row < row_count - row;
+                    if is_holder && is_row && token + sum_token < count {
+                        // SAFETY: this lane's own partial sum, in the area of partials.
+                        unsafe { store_shared_f32(place_of_page + token * warps * 4, sum) };
+                    }
                 }
             }
             place_of_page += rows * count * warps * 4;
@@ -170,14 +144,14 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize>(
     }
 }
 
-/// This lane's sums of the warp's four rows, of `rows_left` in the segment, over all chunks.
+/// This lane's sums of the warp's rows, of `rows_left` in the segment, over all chunks.
 #[inline(always)]
-fn group<const F: u16, const V: usize, const T: usize, const N: usize>(
+fn group<const F: u16, const V: usize, const T: usize, const N: usize, const B: usize>(
     block: &Block,
     lane: &Lane,
     rows_left: u32,
-) -> [f32; N] {
-    let mut sums = [0.0f32; N];
+) -> [[f32; N]; B] {
+    let mut sums = [[0.0f32; N]; B];
     let value_bytes = 16 / V as u32;
     let mut first = 0;
     while first < lane.in_dim {
@@ -196,13 +170,15 @@ fn group<const F: u16, const V: usize, const T: usize, const N: usize>(
         // The weights are in registers: the page may be filled again.
         block.pages.release(block.warp_lane());
         if lane.row < rows_left {
-            let weights = words.map(|words| widened::<F, V>(words));
-            for t in 0..T {
-                let is_there = is_inside && (t as u32) < lane.count;
-                let input = if is_there { take_input::<V>(lane, t as u32, first) } else { [0.0; V] };
+            for token in 0..B * T {
+                let is_there = is_inside && (token as u32) < lane.count;
+                let input =
+                    if is_there { take_input::<V>(lane, token as u32, first) } else { [0.0; V] };
                 for row in 0..ROWS {
+                    let weights = widened::<F, V>(words[row]);
+                    let sum = &mut sums[token / T][row * T + token % T];
                     for idx in 0..V {
-                        sums[row * T + t] = fma(weights[row][idx], input[idx], sums[row * T + t]);
+                        *sum = fma(weights[idx], input[idx], *sum);
                     }
                 }
             }
@@ -238,8 +214,7 @@ fn take_input<const V: usize>(lane: &Lane, token: u32, first: u32) -> [f32; V] {
 fn widened<const F: u16, const V: usize>(words: [u32; 4]) -> [f32; V] {
     let (low, high) = match F {
         F32 => (words.map(f32::from_bits), [0.0; 4]),
-        F16 => widen_words(WeightFormat::F16, words),
-        _ => widen_words(WeightFormat::Bf16, words),
+        _ => widen_words(WeightFormat::F16, words),
     };
     core::array::from_fn(|idx| if idx < 4 { low[idx % 4] } else { high[idx % 4] })
 }

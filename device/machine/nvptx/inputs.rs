@@ -1,0 +1,93 @@
+//! Input rows of linear tasks in shared memory, in the layout that the product wants.
+//!
+//! Products with bf16 weights run on tensor cores, which take bf16 inputs. An f32 is the exact sum of
+//! three bf16: its significand has 24 bits, and each part takes the next 8. One or two rows are kept
+//! as parts; more rows are kept as they are, and split when they are used.
+
+use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::tile::INPUTS;
+
+use super::memory::{Quad, generic};
+use crate::machine::Rows;
+
+/// Rows that are kept as parts at most.
+pub const PART_ROWS_MAX: u32 = 2;
+/// Parts of a value.
+pub const PARTS: u32 = 3;
+
+/// How input rows are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Near, `[PARTS, rows, pitch] bf16`.
+    Parts {
+        /// Rows.
+        rows: u32,
+        /// Values from one row to the next.
+        pitch: u32,
+    },
+    /// Near, rows of f32, each block of 256 values swizzled.
+    Near,
+    /// In the heap, as they are.
+    Far,
+}
+
+impl Layout {
+    /// The layout of `rows` rows of `dim` values in an area of `bytes`; `format` is that of the
+    /// weights, none for rows that are not multiplied.
+    #[inline(always)]
+    pub fn new(rows: u32, dim: u32, format: Option<WeightFormat>, bytes: u32) -> Layout {
+        // Adjacent rows begin 64 bytes apart, modulo 128: a lane's loads of both share no bank.
+        let pitch = dim.next_multiple_of(64) + 32;
+        let is_split = format == Some(WeightFormat::Bf16) && rows <= PART_ROWS_MAX;
+        if is_split && PARTS * rows * pitch * 2 <= bytes {
+            Layout::Parts { rows, pitch }
+        } else if rows * dim.next_multiple_of(256) * 4 <= bytes {
+            Layout::Near
+        } else {
+            Layout::Far
+        }
+    }
+}
+
+/// Where the value of `column` is in a near row of f32: of every 256 columns, the first halves of
+/// all groups of 8 come before the second halves, so that 32 lanes that each read a half of their
+/// group read 512 adjacent bytes.
+#[inline(always)]
+pub fn swizzled(column: u32) -> u32 {
+    (column & !255) | (column >> 2 & 1) << 7 | (column & 255) >> 3 << 2 | (column & 3)
+}
+
+/// The parts of a pair of values, packed two and two, the largest first.
+#[inline(always)]
+pub fn split_pair(a: f32, b: f32) -> [u32; 3] {
+    const TOP: u32 = 0xffff_0000;
+    let (mut a, mut b) = (a, b);
+    let mut parts = [0; PARTS as usize];
+    for part in &mut parts {
+        let (high_a, high_b) = (a.to_bits() & TOP, b.to_bits() & TOP);
+        *part = high_a >> 16 | high_b;
+        // Exact: the rest has fewer significant bits.
+        a -= f32::from_bits(high_a);
+        b -= f32::from_bits(high_b);
+    }
+    parts
+}
+
+/// Stores the values of `column..column + 4` of an input row; `column` is a multiple of 4.
+#[inline(always)]
+pub fn put(shared: u32, layout: Layout, out: &Rows, row: u32, column: u32, quad: Quad) {
+    if let Layout::Parts { rows, pitch } = layout {
+        let (low, high) = (split_pair(quad[0], quad[1]), split_pair(quad[2], quad[3]));
+        for part in 0..PARTS {
+            let value = (part * rows + row) * pitch + column;
+            let place = generic(shared + INPUTS) + u64::from(value) * 2;
+            // SAFETY: four adjacent values of a part's row, this lane's own.
+            unsafe { (place as *mut [u32; 2]).write([low[part as usize], high[part as usize]]) };
+        }
+        return;
+    }
+    let column = if layout == Layout::Near { swizzled(column) } else { column };
+    let place = out.values.address() + u64::from(row * out.stride as u32 + column) * 4;
+    // SAFETY: four adjacent values of the row, this lane's own.
+    unsafe { (place as *mut Quad).write(quad) };
+}
