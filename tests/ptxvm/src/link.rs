@@ -38,5 +38,33 @@ pub(crate) fn link(code: &mut Code) -> Result<(), ParseError> {
             ret.2 = ret.2.min(slot.bytes);
         }
     }
+    recursion(code)
+}
+
+/// Functions have their registers in fixed places, so none may be active twice.
+fn recursion(code: &Code) -> Result<(), ParseError> {
+    let calls = |f: usize| {
+        let function = &code.functions[f];
+        let range = function.start as usize..function.end as usize;
+        code.insts[range].iter().filter_map(|inst| match inst.op {
+            Op::Call { callee, .. } => Some((callee as usize, inst.line)),
+            _ => None,
+        })
+    };
+    let count = code.functions.len();
+    for start in 0..count {
+        let (mut seen, mut stack) = (vec![false; count], vec![start]);
+        while let Some(f) = stack.pop() {
+            for (callee, line) in calls(f) {
+                if callee == start {
+                    let message = format!("{} is recursive", code.functions[start].name);
+                    return Err(ParseError { line, message });
+                }
+                if !std::mem::replace(&mut seen[callee], true) {
+                    stack.push(callee);
+                }
+            }
+        }
+    }
     Ok(())
 }

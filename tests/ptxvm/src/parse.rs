@@ -165,6 +165,8 @@ impl Parser {
                     self.err(format!("unknown directive .{d}"))
                 }
             },
+            // The end labels of debug sections.
+            Tok::Word(_) if self.accept(':') => Ok(()),
             other => {
                 self.at -= 1;
                 self.err(format!("unexpected {other:?} outside a function"))

@@ -3,7 +3,7 @@
 /// A fundamental or packed type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Ty {
+pub(crate) enum Ty {
     Pred,
     B8,
     B16,
@@ -31,7 +31,7 @@ pub enum Ty {
 
 impl Ty {
     /// The type that a modifier such as `u32` names.
-    pub fn parse(text: &str) -> Option<Ty> {
+    pub(crate) fn parse(text: &str) -> Option<Ty> {
         use Ty::*;
         Some(match text {
             "pred" => Pred,
@@ -62,7 +62,7 @@ impl Ty {
     }
 
     /// Size in bytes; a predicate counts as one.
-    pub fn bytes(self) -> u32 {
+    pub(crate) fn bytes(self) -> u32 {
         use Ty::*;
         match self {
             Pred | B8 | U8 | S8 => 1,
@@ -74,17 +74,17 @@ impl Ty {
     }
 
     /// Size in bits.
-    pub fn bits(self) -> u32 {
+    pub(crate) fn bits(self) -> u32 {
         self.bytes() * 8
     }
 
     /// Whether this is a two's complement integer.
-    pub fn signed(self) -> bool {
+    pub(crate) fn signed(self) -> bool {
         matches!(self, Ty::S8 | Ty::S16 | Ty::S32 | Ty::S64)
     }
 
     /// Whether this is a floating-point type, packed ones included.
-    pub fn float(self) -> bool {
+    pub(crate) fn float(self) -> bool {
         use Ty::*;
         matches!(self, F16 | F16x2 | Bf16 | Bf16x2 | Tf32 | F32 | F64 | E4m3x2 | E5m2x2)
     }
@@ -92,13 +92,13 @@ impl Ty {
 
 /// The bits of a register of `bytes` bytes.
 #[inline]
-pub fn mask(bytes: u32) -> u64 {
+pub(crate) fn mask(bytes: u32) -> u64 {
     if bytes >= 8 { u64::MAX } else { (1 << (bytes * 8)) - 1 }
 }
 
 /// Sign-extends the low `bits` bits of `value`.
 #[inline]
-pub fn sext(value: u64, bits: u32) -> i64 {
+pub(crate) fn sext(value: u64, bits: u32) -> i64 {
     let shift = 64 - bits;
     ((value << shift) as i64) >> shift
 }
@@ -106,7 +106,7 @@ pub fn sext(value: u64, bits: u32) -> i64 {
 /// A state space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Space {
+pub(crate) enum Space {
     Generic,
     Global,
     Shared,
@@ -118,7 +118,7 @@ pub enum Space {
 /// The scope of a strong operation. The order is that of inclusion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs)]
-pub enum Scope {
+pub(crate) enum Scope {
     Cta,
     Cluster,
     Gpu,
@@ -128,7 +128,7 @@ pub enum Scope {
 /// The memory order of an operation; `volatile` counts as relaxed at system scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Order {
+pub(crate) enum Order {
     Weak,
     Relaxed,
     Acquire,
@@ -138,12 +138,12 @@ pub enum Order {
 
 impl Order {
     /// Whether a read with this order acquires.
-    pub fn acquires(self) -> bool {
+    pub(crate) fn acquires(self) -> bool {
         matches!(self, Order::Acquire | Order::AcqRel)
     }
 
     /// Whether a write with this order releases.
-    pub fn releases(self) -> bool {
+    pub(crate) fn releases(self) -> bool {
         matches!(self, Order::Release | Order::AcqRel)
     }
 }
@@ -151,7 +151,7 @@ impl Order {
 /// A rounding mode. The integer modes `.rni` and so on use the same names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum Round {
+pub(crate) enum Round {
     Rn,
     Rz,
     Rm,
@@ -162,7 +162,7 @@ pub enum Round {
 /// A special register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum SReg {
+pub(crate) enum SReg {
     Tid(u8),
     Ntid(u8),
     Ctaid(u8),
@@ -194,7 +194,7 @@ pub enum SReg {
 
 impl SReg {
     /// The special register of this name, without the dot part for `x`, `y`, `z`.
-    pub fn parse(name: &str, axis: Option<&str>) -> Option<SReg> {
+    pub(crate) fn parse(name: &str, axis: Option<&str>) -> Option<SReg> {
         let axis_idx = match axis {
             None => None,
             Some("x") => Some(0),

@@ -2,7 +2,7 @@
 
 use super::Ins;
 use crate::parse::Res;
-use crate::program::{Access, AtomOp, MmaShape, Op, Src};
+use crate::program::{Access, AtomOp, MmaShape, Op, Reg, Src};
 use crate::types::{Order, Scope, Space, Ty};
 
 /// Cache hints: they never change a result.
@@ -114,9 +114,15 @@ fn load(ins: &mut Ins) -> Res<Op> {
     let count = vector(ins);
     acc.ty = ins.ty()?;
     ins.count(2 + usize::from(hinted))?;
-    let d = ins.dst_list(0)?;
+    let mut d = ins.dst_list(0)?;
     if d.len() != count {
         return ins.err(format!("{count} registers are needed, not {}", d.len()));
+    }
+    if acc.ty == Ty::B128 {
+        // Two halves, each a register slot of its own.
+        let half = |r: &Reg, i| Reg { slot: r.slot + i, bytes: 8 };
+        d = d.iter().flat_map(|r| [half(r, 0), half(r, 1)]).collect();
+        acc.ty = Ty::B64;
     }
     Ok(Op::Ld { acc, addr: ins.addr(1)?, d, nc })
 }
@@ -129,9 +135,17 @@ fn store(ins: &mut Ins) -> Res<Op> {
     let count = vector(ins);
     acc.ty = ins.ty()?;
     ins.count(2 + usize::from(hinted))?;
-    let s = ins.src_list(1, acc.ty)?;
+    let mut s = ins.src_list(1, acc.ty)?;
     if s.len() != count {
         return ins.err(format!("{count} values are needed, not {}", s.len()));
+    }
+    if acc.ty == Ty::B128 {
+        let half = |s: &Src, i| match s {
+            Src::Reg(r) => Src::Reg(Reg { slot: r.slot + i, bytes: 8 }),
+            other => *other,
+        };
+        s = s.iter().flat_map(|s| [half(s, 0), half(s, 1)]).collect();
+        acc.ty = Ty::B64;
     }
     Ok(Op::St { acc, addr: ins.addr(0)?, s })
 }

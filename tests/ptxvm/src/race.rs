@@ -1,0 +1,565 @@
+//! Data races by the PTX memory model, with vector clocks.
+//!
+//! Every lane of every warp has a component in a clock. A warp's lanes share one counter, which
+//! grows at each release by any of them, so that an access of a whole warp is one record: warp,
+//! counter, lanes. Asynchronous copies belong to *agents*, pseudo-warps of their block whose
+//! components a thread only gets by waiting for the copy.
+//!
+//! Shadow memory keeps, for each aligned word, the accesses that are not yet ordered before a
+//! later one that covers them (as FastTrack does, with several readers or byte-wise writers).
+
+use crate::types::Scope;
+use rustc_hash::FxHashMap;
+use std::sync::Arc;
+
+/// A vector clock. Missing components are zero. Cloning shares.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Clock(Option<Arc<Vec<u32>>>);
+
+impl Clock {
+    #[inline]
+    pub(crate) fn get(&self, at: usize) -> u32 {
+        self.0.as_ref().and_then(|v| v.get(at)).copied().unwrap_or(0)
+    }
+
+    fn slice(&self) -> &[u32] {
+        self.0.as_ref().map_or(&[], |v| v)
+    }
+
+    pub(crate) fn same(&self, other: &Clock) -> bool {
+        match (&self.0, &other.0) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (None, None) => true,
+            _ => false,
+        }
+    }
+
+    fn covers(&self, other: &Clock) -> bool {
+        let (mine, theirs) = (self.slice(), other.slice());
+        let shared = mine.len().min(theirs.len());
+        mine[..shared].iter().zip(&theirs[..shared]).all(|(a, b)| a >= b)
+            && theirs[shared..].iter().all(|&b| b == 0)
+    }
+
+    /// Raises this clock to include `other`.
+    pub(crate) fn join(&mut self, other: &Clock) {
+        if self.same(other) || self.covers(other) {
+            return;
+        }
+        if other.covers(self) {
+            self.0.clone_from(&other.0);
+            return;
+        }
+        let theirs = other.slice();
+        let vector = Arc::make_mut(self.0.get_or_insert_default());
+        if vector.len() < theirs.len() {
+            vector.resize(theirs.len(), 0);
+        }
+        for (a, b) in vector.iter_mut().zip(theirs) {
+            *a = (*a).max(*b);
+        }
+    }
+
+    /// Raises one component.
+    pub(crate) fn raise(&mut self, at: usize, to: u32) {
+        if self.get(at) >= to {
+            return;
+        }
+        let vector = Arc::make_mut(self.0.get_or_insert_default());
+        if vector.len() <= at {
+            vector.resize(at + 1, 0);
+        }
+        vector[at] = to;
+    }
+}
+
+/// The strength of an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Strength {
+    Weak,
+    Strong(Scope),
+}
+
+/// One remembered access.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Record {
+    pub(crate) warp: u32,
+    pub(crate) clock: u32,
+    pub(crate) lanes: u32,
+    /// Bytes (4 bits), write, scope + 1 (3 bits), log2 of the size (3 bits), asynchronous,
+    /// pc (20 bits).
+    meta: u32,
+}
+
+impl Record {
+    pub(crate) fn new(warp: u32, clock: u32, lanes: u32, kind: Kind, pc: u32) -> Record {
+        let scope = match kind.strength {
+            Strength::Weak => 0,
+            Strength::Strong(s) => s as u32 + 1,
+        };
+        let meta = u32::from(kind.write) << 4
+            | scope << 5
+            | (kind.bytes.ilog2() & 7) << 8
+            | u32::from(kind.asynchronous) << 11
+            | pc << 12;
+        Record { warp, clock, lanes, meta }
+    }
+
+    fn with_bytes(self, bytes: u32) -> Record {
+        Record { meta: self.meta & !15 | bytes, ..self }
+    }
+
+    fn bytes(self) -> u32 {
+        self.meta & 15
+    }
+
+    pub(crate) fn is_write(self) -> bool {
+        self.meta >> 4 & 1 == 1
+    }
+
+    fn scope(self) -> Option<Scope> {
+        [None, Some(Scope::Cta), Some(Scope::Cluster), Some(Scope::Gpu), Some(Scope::Sys)]
+            [(self.meta >> 5 & 7) as usize]
+    }
+
+    pub(crate) fn is_async(self) -> bool {
+        self.meta >> 11 & 1 == 1
+    }
+
+    pub(crate) fn pc(self) -> u32 {
+        self.meta >> 12
+    }
+
+    /// In words, for the message of a race.
+    pub(crate) fn describe(self) -> String {
+        let what = if self.is_write() { "write" } else { "read" };
+        let how = match self.scope() {
+            _ if self.is_async() => "asynchronous ".to_string(),
+            None => String::new(),
+            Some(scope) => format!("strong {scope:?}-scope ").to_lowercase(),
+        };
+        format!("{how}{what}")
+    }
+}
+
+/// What an access is, apart from who makes it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kind {
+    pub(crate) write: bool,
+    pub(crate) strength: Strength,
+    pub(crate) bytes: u32,
+    pub(crate) asynchronous: bool,
+}
+
+#[derive(Clone, Default)]
+struct Cell {
+    near: [Record; 2],
+    more: Option<Box<Vec<Record>>>,
+}
+
+const PAGE_CELLS: usize = 256;
+
+/// The most accesses that are remembered for one word; the oldest makes room.
+const CELL_MAX: usize = 96;
+
+/// The access history of a region, allocated as it is touched.
+#[derive(Default)]
+pub(crate) struct Shadow {
+    pages: Vec<Option<Box<[Cell; PAGE_CELLS]>>>,
+}
+
+impl Shadow {
+    fn cell(&mut self, word: u64) -> &mut Cell {
+        let (page, slot) = (word as usize / PAGE_CELLS, word as usize % PAGE_CELLS);
+        if self.pages.len() <= page {
+            self.pages.resize_with(page + 1, || None);
+        }
+        let cells =
+            self.pages[page].get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+        &mut cells[slot]
+    }
+
+    /// Forgets everything about a range: the host wrote it while nothing ran.
+    pub(crate) fn clear(&mut self, offset: u64, len: u64) {
+        for word in offset / 4..(offset + len).div_ceil(4) {
+            if self.pages.get(word as usize / PAGE_CELLS).is_some_and(|p| p.is_some()) {
+                *self.cell(word) = Cell::default();
+            }
+        }
+    }
+}
+
+/// What has been released to an address.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SyncVar {
+    releases: Vec<Release>,
+}
+
+#[derive(Clone, Debug)]
+struct Release {
+    scope: Scope,
+    device: u32,
+    block: u32,
+    clock: Clock,
+}
+
+/// The synchronisation state of one lane.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Thread {
+    pub(crate) clock: Clock,
+    /// What a later relaxed write publishes, because of a fence before it.
+    fenced: Option<(Clock, Scope)>,
+    /// What a later fence acquires, because of relaxed reads before it.
+    pending: Vec<Release>,
+    /// What the last `fence.proxy.async` of this thread covers.
+    pub(crate) proxied: Clock,
+    /// The warp's counter at that fence: own accesses up to it are visible to asynchronous copies.
+    pub(crate) proxied_own: u32,
+}
+
+/// Where a warp runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Home {
+    pub(crate) device: u32,
+    pub(crate) block: u32,
+    /// Warp number in the block, or `None` for an agent.
+    pub(crate) warp: Option<u32>,
+}
+
+/// All clocks.
+#[derive(Default)]
+pub(crate) struct Races {
+    pub(crate) enabled: bool,
+    pub(crate) homes: Vec<Home>,
+    pub(crate) counters: Vec<u32>,
+    pub(crate) threads: Vec<Thread>,
+}
+
+/// Who makes an access.
+#[derive(Clone, Copy)]
+pub(crate) struct Who<'a> {
+    pub(crate) warp: u32,
+    pub(crate) lanes: u32,
+    /// The clock of an asynchronous copy: what its issuer knew.
+    pub(crate) clock: Option<&'a Clock>,
+    /// The issuer of such a copy: warp, lane, and its counter then.
+    pub(crate) own: Option<(u32, usize, u32)>,
+}
+
+/// The lanes of a mask.
+pub(crate) fn bits(mut mask: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        if mask == 0 {
+            return None;
+        }
+        let lane = mask.trailing_zeros() as usize;
+        mask &= mask - 1;
+        Some(lane)
+    })
+}
+
+impl Races {
+    pub(crate) fn add_warp(&mut self, home: Home, start: &Clock) -> u32 {
+        self.homes.push(home);
+        self.counters.push(1);
+        let thread = Thread { clock: start.clone(), ..Thread::default() };
+        self.threads.extend(std::iter::repeat_n(thread, 32));
+        self.homes.len() as u32 - 1
+    }
+
+    fn index(warp: u32, lane: usize) -> usize {
+        warp as usize * 32 + lane
+    }
+
+    pub(crate) fn thread(&mut self, warp: u32, lane: usize) -> &mut Thread {
+        &mut self.threads[Self::index(warp, lane)]
+    }
+
+    fn inside(&self, scope: Scope, a: u32, b: u32) -> bool {
+        let (a, b) = (&self.homes[a as usize], &self.homes[b as usize]);
+        match scope {
+            Scope::Cta | Scope::Cluster => a.block == b.block,
+            Scope::Gpu => a.device == b.device,
+            Scope::Sys => true,
+        }
+    }
+
+    fn known(clock: &Clock, record: Record, lanes: u32) -> bool {
+        let base = record.warp as usize * 32;
+        bits(lanes).all(|lane| clock.get(base + lane) >= record.clock)
+    }
+
+    fn ordered(&self, record: Record, who: Who) -> bool {
+        if let Some(clock) = who.clock {
+            let mut lanes = record.lanes;
+            if let Some((warp, lane, counter)) = who.own
+                && record.warp == warp
+                && record.clock <= counter
+            {
+                lanes &= !(1 << lane);
+            }
+            return Self::known(clock, record, lanes);
+        }
+        if record.warp == who.warp && record.lanes == who.lanes && who.lanes.is_power_of_two() {
+            return true;
+        }
+        let first = &self.threads[Self::index(who.warp, who.lanes.trailing_zeros() as usize)].clock;
+        bits(who.lanes).all(|lane| {
+            let clock = &self.threads[Self::index(who.warp, lane)].clock;
+            let others =
+                if record.warp == who.warp { record.lanes & !(1 << lane) } else { record.lanes };
+            (lane != who.lanes.trailing_zeros() as usize
+                && clock.same(first)
+                && record.warp != who.warp)
+                || Self::known(clock, record, others)
+        })
+    }
+
+    /// Both strong, each inside the other's scope, of the same size.
+    fn morally_strong(&self, a: Record, b: Record) -> bool {
+        let (Some(x), Some(y)) = (a.scope(), b.scope()) else { return false };
+        a.meta >> 8 & 7 == b.meta >> 8 & 7
+            && self.inside(x, a.warp, b.warp)
+            && self.inside(y, a.warp, b.warp)
+    }
+
+    /// Whether the writer made `record` visible to asynchronous copies, or their issuer did.
+    fn proxied(&self, record: Record, issuer: &Thread) -> bool {
+        bits(record.lanes).all(|lane| {
+            let index = Self::index(record.warp, lane);
+            self.threads[index].proxied_own >= record.clock
+                || issuer.proxied.get(index) >= record.clock
+        })
+    }
+
+    /// Records an access to `[offset, offset + len)` and returns the first conflicting record,
+    /// with the offset of its word. `issuer` is given for asynchronous copies: the conflict is
+    /// then also one of proxies, which the flag tells.
+    pub(crate) fn access(
+        &self,
+        shadow: &mut Shadow,
+        (offset, len): (u64, u64),
+        new: Record,
+        who: Who,
+        issuer: Option<&Thread>,
+    ) -> Option<(Record, u64, bool)> {
+        let mut conflict = None;
+        for word in offset / 4..(offset + len).div_ceil(4) {
+            let from = offset.max(word * 4) - word * 4;
+            let to = (offset + len).min(word * 4 + 4) - word * 4;
+            let bytes = ((1u32 << to) - 1) & !((1 << from) - 1);
+            let cell = shadow.cell(word);
+            let hit = self.touch(cell, new.with_bytes(bytes), who, issuer);
+            if conflict.is_none() {
+                conflict = hit.map(|(record, proxy)| (record, word * 4, proxy));
+            }
+        }
+        conflict
+    }
+
+    fn touch(
+        &self,
+        cell: &mut Cell,
+        new: Record,
+        who: Who,
+        issuer: Option<&Thread>,
+    ) -> Option<(Record, bool)> {
+        let mut conflict = None;
+        // True when the record need not be kept beside the new one.
+        let mut stale = |old: &mut Record| {
+            if old.bytes() & new.bytes() == 0 {
+                return false;
+            }
+            let clash = old.is_write() || new.is_write();
+            let ordered = self.ordered(*old, who);
+            if clash && !ordered && !self.morally_strong(*old, new) {
+                conflict = conflict.or(Some((*old, false)));
+            } else if let Some(issuer) = issuer
+                && clash
+                && old.is_write()
+                && !old.is_async()
+                && !self.proxied(*old, issuer)
+            {
+                conflict = conflict.or(Some((*old, true)));
+            }
+            let covered = old.bytes() & !new.bytes() == 0;
+            covered && (new.is_write() || !old.is_write() && ordered)
+        };
+        if let Some(more) = &mut cell.more {
+            more.retain_mut(|r| !stale(r));
+            if more.is_empty() {
+                cell.more = None;
+            }
+        }
+        for slot in &mut cell.near {
+            if slot.meta != 0 && stale(slot) {
+                *slot = Record::default();
+            }
+        }
+        Self::insert(cell, new);
+        conflict
+    }
+
+    fn insert(cell: &mut Cell, new: Record) {
+        for slot in cell.near.iter_mut().chain(cell.more.iter_mut().flat_map(|m| m.iter_mut())) {
+            if slot.meta == new.meta && slot.warp == new.warp && slot.clock == new.clock {
+                slot.lanes |= new.lanes;
+                return;
+            }
+        }
+        if let Some(free) = cell.near.iter_mut().find(|s| s.meta == 0) {
+            *free = new;
+            return;
+        }
+        let more = cell.more.get_or_insert_default();
+        if more.len() >= CELL_MAX {
+            more.remove(0);
+        }
+        more.push(new);
+    }
+
+    /// What lane knows now, itself included.
+    pub(crate) fn snapshot(&self, warp: u32, lane: usize) -> Clock {
+        let index = Self::index(warp, lane);
+        let mut clock = self.threads[index].clock.clone();
+        clock.raise(index, self.counters[warp as usize]);
+        clock
+    }
+
+    /// Starts a new interval of a warp, after one of its lanes released.
+    pub(crate) fn tick(&mut self, warp: u32) {
+        self.counters[warp as usize] += 1;
+    }
+
+    /// A write reached `var`: a plain one ends what was released there, and a fence before a
+    /// strong one, or its own order, releases anew.
+    pub(crate) fn publish(
+        &mut self,
+        sync: &mut FxHashMap<u64, SyncVar>,
+        at: u64,
+        (warp, lane): (u32, usize),
+        (scope, releases, rmw): (Option<Scope>, bool, bool),
+    ) {
+        if !rmw && let Some(var) = sync.get_mut(&at) {
+            var.releases.clear();
+        }
+        let Some(scope) = scope else { return };
+        let thread = &self.threads[Self::index(warp, lane)];
+        let (clock, scope) = if releases {
+            (self.snapshot(warp, lane), scope)
+        } else {
+            match &thread.fenced {
+                Some((clock, fence_scope)) => (clock.clone(), scope.min(*fence_scope)),
+                None => return,
+            }
+        };
+        let Home { device, block, .. } = self.homes[warp as usize];
+        let var = sync.entry(at).or_default();
+        let same = |r: &&mut Release| r.scope == scope && r.device == device && r.block == block;
+        match var.releases.iter_mut().find(same) {
+            Some(r) => r.clock.join(&clock),
+            None => var.releases.push(Release { scope, device, block, clock }),
+        }
+        if releases {
+            self.tick(warp);
+        }
+    }
+
+    fn matches(&self, release: &Release, warp: u32, scope: Scope) -> bool {
+        let home = &self.homes[warp as usize];
+        let inside = |s: Scope| match s {
+            Scope::Cta | Scope::Cluster => release.block == home.block,
+            Scope::Gpu => release.device == home.device,
+            Scope::Sys => true,
+        };
+        inside(release.scope) && inside(scope)
+    }
+
+    /// A strong read saw `var`.
+    pub(crate) fn observe(
+        &mut self,
+        var: Option<&SyncVar>,
+        (warp, lane): (u32, usize),
+        scope: Scope,
+        acquires: bool,
+    ) {
+        let Some(var) = var else { return };
+        for release in &var.releases {
+            if !self.matches(release, warp, scope) {
+                continue;
+            }
+            let thread = &mut self.threads[Self::index(warp, lane)];
+            if acquires {
+                thread.clock.join(&release.clock);
+            } else if !thread.pending.iter().any(|r| r.clock.same(&release.clock)) {
+                // What a fence takes over depends on the narrower of the two scopes; the read's
+                // is checked above.
+                let newer = |r: &mut Release| {
+                    r.block == release.block && release.clock.covers(&r.clock)
+                };
+                match thread.pending.iter_mut().find_map(|r| newer(r).then_some(r)) {
+                    Some(r) => *r = release.clone(),
+                    None => thread.pending.push(release.clone()),
+                }
+            }
+        }
+    }
+
+    /// A fence of one lane. The caller ticks the warp once afterwards.
+    pub(crate) fn fence(
+        &mut self,
+        (warp, lane): (u32, usize),
+        (acquire, release): (bool, bool),
+        scope: Scope,
+    ) {
+        let index = Self::index(warp, lane);
+        if acquire {
+            for pending in std::mem::take(&mut self.threads[index].pending) {
+                if self.matches(&pending, warp, scope) {
+                    self.threads[index].clock.join(&pending.clock);
+                } else {
+                    self.threads[index].pending.push(pending);
+                }
+            }
+        }
+        if release {
+            let clock = self.snapshot(warp, lane);
+            self.threads[index].fenced = Some((clock, scope));
+        }
+    }
+
+    /// Everybody listed knows afterwards what each of them knew.
+    pub(crate) fn barrier(&mut self, members: &[(u32, u32)]) {
+        let mut all = Clock::default();
+        let mut seen: Vec<Clock> = Vec::new();
+        for &(warp, lanes) in members {
+            for lane in bits(lanes) {
+                let clock = &self.threads[Self::index(warp, lane)].clock;
+                if !seen.iter().rev().take(8).any(|s| s.same(clock)) {
+                    seen.push(clock.clone());
+                    all.join(clock);
+                }
+            }
+        }
+        for &(warp, lanes) in members {
+            for lane in bits(lanes).collect::<Vec<_>>().into_iter().rev() {
+                all.raise(Self::index(warp, lane), self.counters[warp as usize]);
+            }
+        }
+        for &(warp, lanes) in members {
+            for lane in bits(lanes) {
+                self.threads[Self::index(warp, lane)].clock = all.clone();
+            }
+            self.tick(warp);
+        }
+    }
+
+    /// `fence.proxy.async` of one lane. The caller ticks the warp once afterwards.
+    pub(crate) fn proxy_fence(&mut self, warp: u32, lane: usize) {
+        let clock = self.snapshot(warp, lane);
+        let counter = self.counters[warp as usize];
+        let thread = self.thread(warp, lane);
+        thread.proxied = clock;
+        thread.proxied_own = counter;
+    }
+}

@@ -1,0 +1,189 @@
+//! The seeded scheduler: which warp runs, for how long, and when copies complete.
+
+use crate::core::Core;
+use crate::exec::Flow;
+use crate::finding::FindingKind;
+use crate::race::bits;
+use crate::vm::RunState;
+use crate::warp::{Parked, Warp};
+
+/// The longest bursts of instructions that one warp gets; each seed takes one of them.
+const BURSTS: [usize; 4] = [4, 16, 64, 256];
+
+/// One in so many scheduling decisions completes a copy.
+const COPY_ODDS: [usize; 4] = [2, 4, 8, 32];
+
+impl Core {
+    /// Runs one warp for a while, or completes a copy. `Some` when `run` should return.
+    pub(crate) fn burst(&mut self, end: u64) -> Option<RunState> {
+        if self.stuck {
+            return Some(RunState::Stuck);
+        }
+        if !self.dead_launches.is_empty() {
+            self.bury();
+        }
+        if self.launches.iter().all(|l| l.blocks_left == 0) {
+            return Some(RunState::Finished);
+        }
+        if self.steps >= self.config.step_limit {
+            self.report_running();
+            self.stuck = true;
+            return Some(RunState::Stuck);
+        }
+        if self.steps >= end {
+            return Some(RunState::Running);
+        }
+        if self.steps - self.progress_at.max(self.host_read_at) > self.config.stall_steps {
+            self.report_waiting("nothing has changed for a long time");
+            self.stuck = true;
+            return Some(RunState::Stuck);
+        }
+        let mood = (self.config.seed % 4) as usize;
+        let odds = COPY_ODDS[(self.config.seed / 4 % 4) as usize];
+        if !self.copies.is_empty() && (self.ready.is_empty() || self.rng.below(odds) == 0) {
+            let choice = self.rng.below(self.copies.len());
+            self.complete_copy(choice);
+            return None;
+        }
+        if self.ready.is_empty() {
+            self.report_waiting("every thread waits for another");
+            self.stuck = true;
+            return Some(RunState::Stuck);
+        }
+        let Some(at) = self.pick() else { return None };
+        let steps = 1 + self.rng.below(BURSTS[mood]);
+        self.run_warp(at, steps);
+        None
+    }
+
+    /// A ready warp that is awake. When all sleep, time passes or a copy completes.
+    fn pick(&mut self) -> Option<usize> {
+        let count = self.ready.len();
+        let start = self.rng.below(count);
+        for i in 0..count {
+            let at = (start + i) % count;
+            let awake = |w: &Warp| w.wake_at <= self.time_ns;
+            if self.warps[self.ready[at] as usize].as_deref().is_some_and(awake) {
+                return Some(at);
+            }
+        }
+        if !self.copies.is_empty() {
+            let choice = self.rng.below(self.copies.len());
+            self.complete_copy(choice);
+            return None;
+        }
+        let wake = |&n: &u32| self.warps[n as usize].as_deref().map_or(u64::MAX, |w| w.wake_at);
+        if let Some(first) = self.ready.iter().map(wake).min() {
+            self.time_ns = self.time_ns.max(first);
+        }
+        None
+    }
+
+    fn run_warp(&mut self, at: usize, steps: usize) {
+        let number = self.ready[at];
+        let Some(mut w) = self.warps[number as usize].take() else {
+            self.ready.swap_remove(at);
+            return;
+        };
+        let code = self.launches[w.launch as usize].code.clone();
+        w.free_run = false;
+        if w.active == 0 {
+            w.regroup();
+        }
+        if w.diverged() {
+            let odds = if w.spun { 2 } else { 16 };
+            if self.rng.below(odds) == 0 {
+                let choice = self.rng.next() as u32;
+                w.rotate(choice);
+            }
+        }
+        w.spun = false;
+        let mut flow = if w.active == 0 { Flow::Blocked } else { Flow::On };
+        for _ in 0..steps {
+            if flow != Flow::On {
+                break;
+            }
+            flow = self.step(&mut w, &code);
+        }
+        w.spun = flow == Flow::Yield;
+        let ended = w.alive == 0;
+        let block = w.block;
+        self.warps[number as usize] = if ended { None } else { Some(w) };
+        if ended || flow == Flow::Blocked {
+            if let Some(at) = self.ready.iter().position(|&n| n == number) {
+                self.ready.swap_remove(at);
+            }
+        }
+        if ended && self.dead_launches.is_empty() {
+            self.finish_warp(block);
+        }
+    }
+
+    /// Ends all blocks of launches that trapped.
+    fn bury(&mut self) {
+        for launch in std::mem::take(&mut self.dead_launches) {
+            for block in 0..self.blocks.len() {
+                let b = &mut self.blocks[block];
+                if b.launch != launch {
+                    continue;
+                }
+                b.alive.fill(0);
+                let (first, count, shared) = (b.first_warp, b.warp_count, b.shared);
+                for warp in first..first + count {
+                    self.warps[warp as usize] = None;
+                    self.ready.retain(|&n| n != warp);
+                }
+                self.copies.retain(|c| c.block != block as u32);
+                self.memory.drop_shared(shared);
+            }
+            self.launches[launch as usize].blocks_left = 0;
+        }
+        self.progress();
+    }
+
+    /// Says of every waiting warp where it waits.
+    fn report_waiting(&mut self, why: &str) {
+        let warps = std::mem::take(&mut self.warps);
+        for w in warps.iter().flatten() {
+            let mut places: Vec<(u32, u32, Parked)> = Vec::new();
+            for lane in bits(w.alive) {
+                let parked = w.parked[lane];
+                let running = w.active >> lane & 1 == 1;
+                let pc = if running { w.pc } else { w.pcs[lane] };
+                // Lanes in a barrier go on behind it.
+                let pc = if matches!(parked, Parked::Barrier(_)) { pc - 1 } else { pc };
+                match places.iter_mut().find(|p| p.0 == pc && p.2 == parked) {
+                    Some(place) => place.1 |= 1 << lane,
+                    None => places.push((pc, 1 << lane, parked)),
+                }
+            }
+            for (pc, lanes, parked) in places {
+                let (kind, what) = match parked {
+                    Parked::Barrier(id) => (FindingKind::Barrier, format!("in barrier {id}")),
+                    Parked::Warp => {
+                        (FindingKind::WarpSync, "for the other lanes of the warp".into())
+                    }
+                    Parked::No => (FindingKind::NoProgress, "in a loop".into()),
+                };
+                let message = format!("{why}: lanes {lanes:#010x} wait {what}");
+                let at = (w.block, w.index, lanes.trailing_zeros(), pc);
+                self.report(kind, at, None, message);
+            }
+        }
+        self.warps = warps;
+    }
+
+    /// Reports blocks that have not ended.
+    pub(crate) fn report_running(&mut self) {
+        for block in 0..self.blocks.len() {
+            let b = &self.blocks[block];
+            let Some(index) = b.alive.iter().position(|&a| a != 0) else { continue };
+            let number = (b.first_warp + index as u32) as usize;
+            let pc = self.warps[number].as_deref().map_or(0, |w| {
+                if w.active != 0 { w.pc } else { w.pcs[w.alive.trailing_zeros() as usize] }
+            });
+            let message = format!("block {} has not ended", b.index);
+            self.report(FindingKind::StillRunning, (block as u32, index as u32, 0, pc), None, message);
+        }
+    }
+}
