@@ -152,7 +152,6 @@ pub(crate) struct Core {
     /// Modules whose variables exist stay alive, so that their address is theirs.
     pub(crate) modules: Vec<Arc<Code>>,
     pub(crate) dead_launches: Vec<u32>,
-    pub(crate) printed: Vec<String>,
 }
 
 impl Core {
@@ -183,7 +182,6 @@ impl Core {
             variables: FxHashMap::default(),
             modules: Vec::new(),
             dead_launches: Vec::new(),
-            printed: Vec::new(),
         }
     }
 
@@ -222,7 +220,6 @@ impl Core {
             place,
             note: None,
             count: 1,
-            pc,
         });
     }
 

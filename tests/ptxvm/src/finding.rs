@@ -62,7 +62,6 @@ pub struct Finding {
     pub note: Option<String>,
     /// How often it happened.
     pub count: u64,
-    pub(crate) pc: u32,
 }
 
 impl fmt::Display for Finding {

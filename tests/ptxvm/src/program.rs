@@ -122,11 +122,11 @@ pub(crate) enum Mbar {
     },
     ExpectTx(Src),
     CompleteTx(Src),
-    /// Test a phase: by the token of an arrive, or by parity. `wait` may suspend the thread.
+    /// Test a phase: by the token of an arrive, or by parity. `try_wait` does the same, since
+    /// how long it suspends is open.
     Test {
         phase: Src,
         parity: bool,
-        wait: bool,
         acquire: bool,
     },
     PendingCount(Src),
@@ -157,7 +157,7 @@ pub(crate) enum Op {
     Mov128 { d: Reg, s: Src },
     Cvta { d: Reg, s: Src, space: Space, to: bool },
     Isspacep { d: Reg, s: Src, space: Space },
-    Ld { acc: Access, addr: Addr, d: Vec<Reg>, nc: bool },
+    Ld { acc: Access, addr: Addr, d: Vec<Reg> },
     St { acc: Access, addr: Addr, s: Vec<Src> },
     Atom { op: AtomOp, acc: Access, addr: Addr, d: Option<Reg>, s: [Src; 2] },
     Fence { acquire: bool, release: bool, scope: Scope },
@@ -183,7 +183,7 @@ pub(crate) enum Op {
     BulkLoad { dst: Addr, src: Addr, bytes: Src, mbar: Addr },
     BulkStore { dst: Addr, src: Addr, bytes: Src },
     BulkCommit,
-    BulkWait { pending: u32, read: bool },
+    BulkWait { pending: u32 },
     Mapa { d: Reg, s: Src, rank: Src },
     Ldmatrix { addr: Addr, d: Vec<Reg>, trans: bool },
     Stmatrix { addr: Addr, s: Vec<Src>, trans: bool },

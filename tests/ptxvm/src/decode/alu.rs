@@ -87,9 +87,6 @@ fn arithmetic(ins: &mut Ins) -> Res<Op> {
         };
     }
     match (name.as_str(), part, par.sat) {
-        ("add", None, false) if matches!(ins.mods.first(), Some(m) if m.ends_with("x2")) => {
-            ins.err("packed integer addition needs .u16x2 or .s16x2 as its type")
-        }
         ("add", None, sat) => simple(ins, par, if sat { int::add_sat } else { int::add }, 2),
         ("sub", None, sat) => simple(ins, par, if sat { int::sub_sat } else { int::sub }, 2),
         ("mul", Some(0), false) => simple(ins, par, int::mul_lo, 2),

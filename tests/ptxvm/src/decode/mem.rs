@@ -106,7 +106,7 @@ fn vector(ins: &mut Ins) -> usize {
 }
 
 fn load(ins: &mut Ins) -> Res<Op> {
-    let nc = ins.take("nc");
+    ins.take("nc");
     let (mut acc, hinted) = access(ins)?;
     if acc.order.releases() || acc.order == Order::AcqRel {
         return ins.err("a load cannot release");
@@ -124,7 +124,7 @@ fn load(ins: &mut Ins) -> Res<Op> {
         d = d.iter().flat_map(|r| [half(r, 0), half(r, 1)]).collect();
         acc.ty = Ty::B64;
     }
-    Ok(Op::Ld { acc, addr: ins.addr(1)?, d, nc })
+    Ok(Op::Ld { acc, addr: ins.addr(1)?, d })
 }
 
 fn store(ins: &mut Ins) -> Res<Op> {

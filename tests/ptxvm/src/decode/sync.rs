@@ -238,7 +238,6 @@ fn mbarrier(ins: &mut Ins) -> Res<Op> {
         _ => Mbar::Test {
             phase: ins.src(at + 1, if parity { Ty::U32 } else { Ty::B64 })?,
             parity,
-            wait: kind == 7,
             acquire: !relaxed,
         },
     };
@@ -257,13 +256,14 @@ fn copy(ins: &mut Ins) -> Res<Op> {
         return Ok(Op::CpWait { pending: None });
     }
     if ins.take("wait_group") {
-        let read = ins.take("read");
+        // `.read` only promises less.
+        ins.take("read");
         let Some(Opd::Int(n)) = ins.ops.first() else {
             return ins.err("wait_group needs a number");
         };
         let pending = *n as u32;
         return Ok(if bulk {
-            Op::BulkWait { pending, read }
+            Op::BulkWait { pending }
         } else {
             Op::CpWait { pending: Some(pending) }
         });

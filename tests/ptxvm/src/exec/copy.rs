@@ -46,7 +46,6 @@ pub(crate) struct Copy {
     warp_id: u32,
     pub(crate) block: u32,
     index: u32,
-    pub(crate) launch: u32,
     pub(crate) pc: u32,
     action: Action,
 }
@@ -71,7 +70,7 @@ impl Core {
                     return Flow::Yield;
                 }
             }
-            Op::BulkWait { pending, .. } => {
+            Op::BulkWait { pending } => {
                 if !self.wait_bulk(w, *pending, lanes) {
                     return Flow::Yield;
                 }
@@ -93,7 +92,6 @@ impl Core {
             warp_id: w.id,
             block: w.block,
             index: w.index,
-            launch: w.launch,
             pc: w.pc,
             action,
         });

@@ -74,7 +74,7 @@ impl Core {
             Op::Shfl { .. } => self.shuffle(w, code, op, lanes),
             Op::Ldmatrix { .. } | Op::Stmatrix { .. } => self.matrix(w, code, op, lanes),
             Op::Mma { shape, d, a, b, c } => {
-                let mut frag = |core: &mut Core, list: &[Src]| {
+                let frag = |core: &mut Core, list: &[Src]| {
                     let mut out = [[0; 32]; 4];
                     for (to, src) in out.iter_mut().zip(list) {
                         *to = core.src(w, code, src, lanes).map(|x| x as u32);
