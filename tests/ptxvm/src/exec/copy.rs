@@ -95,6 +95,8 @@ impl Core {
             pc: w.pc,
             action,
         });
+        // What the thread does from here on is not before the copy.
+        self.races.tick(w.id);
     }
 
     /// Finds both ends of one lane's copy.
