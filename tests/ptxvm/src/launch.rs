@@ -168,7 +168,6 @@ impl Core {
                     self.finished.join(&clock);
                 }
             }
-            // Copies that were waited for are known through the threads; the rest is reported.
         }
         let dead = self.dead_launches.contains(&launch);
         if let Some(copy) = self.copies.iter().find(|c| c.block == block)
@@ -178,7 +177,7 @@ impl Core {
             let message = "the block ends with this asynchronous copy still under way".into();
             self.report(FindingKind::Mbarrier, at, None, message);
         }
-        self.copies.retain(|c| c.block != block);
+        self.drain_copies(block);
         self.memory.drop_shared(shared);
     }
 }

@@ -279,6 +279,17 @@ impl Core {
         false
     }
 
+    /// Completes what a block left under way, so that its races are seen too.
+    pub(crate) fn drain_copies(&mut self, block: u32) {
+        let all = std::mem::take(&mut self.copies);
+        let (mut mine, others): (Vec<_>, Vec<_>) = all.into_iter().partition(|c| c.block == block);
+        self.copies = others;
+        mine.sort_by_key(|c| c.number);
+        for copy in &mine {
+            self.complete(copy);
+        }
+    }
+
     fn can_complete(&self, at: usize) -> bool {
         let copy = &self.copies[at];
         let Action::Arrive(places) = &copy.action else { return true };
