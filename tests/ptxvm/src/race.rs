@@ -117,6 +117,10 @@ impl Record {
         self.meta >> 4 & 1 == 1
     }
 
+    fn is_weak(self) -> bool {
+        self.meta >> 5 & 7 == 0
+    }
+
     fn scope(self) -> Option<Scope> {
         [None, Some(Scope::Cta), Some(Scope::Cluster), Some(Scope::Gpu), Some(Scope::Sys)]
             [(self.meta >> 5 & 7) as usize]
@@ -160,7 +164,7 @@ struct Cell {
 const PAGE_CELLS: usize = 256;
 
 /// The most accesses that are remembered for one word; the oldest makes room.
-const CELL_MAX: usize = 96;
+const CELL_MAX: usize = 512;
 
 /// The access history of a region, allocated as it is touched.
 #[derive(Default)]
@@ -303,15 +307,17 @@ impl Races {
         if record.warp == who.warp && record.lanes == who.lanes && who.lanes.is_power_of_two() {
             return true;
         }
-        let first = &self.threads[Self::index(who.warp, who.lanes.trailing_zeros() as usize)].clock;
+        let mut checked: Option<&Clock> = None;
         bits(who.lanes).all(|lane| {
             let clock = &self.threads[Self::index(who.warp, lane)].clock;
-            let others =
-                if record.warp == who.warp { record.lanes & !(1 << lane) } else { record.lanes };
-            (lane != who.lanes.trailing_zeros() as usize
-                && clock.same(first)
-                && record.warp != who.warp)
-                || Self::known(clock, record, others)
+            if record.warp == who.warp {
+                return Self::known(clock, record, record.lanes & !(1 << lane));
+            }
+            // Lanes that came through the same barrier share a clock.
+            checked.is_some_and(|c| c.same(clock)) || {
+                checked = Some(clock);
+                Self::known(clock, record, record.lanes)
+            }
         })
     }
 
@@ -365,42 +371,39 @@ impl Races {
         issuer: Option<&Thread>,
     ) -> Option<(Record, bool)> {
         let mut conflict = None;
-        // True when the record need not be kept beside the new one.
+        // True when the new record stands for the old one as well.
         let mut stale = |old: &mut Record| {
             if old.bytes() & new.bytes() == 0 {
                 return false;
             }
-            let clash = old.is_write() || new.is_write();
-            let ordered = self.ordered(*old, who);
-            if clash && !ordered && !self.morally_strong(*old, new) {
+            let covered = old.bytes() & !new.bytes() == 0 && (new.is_weak() || !old.is_weak());
+            if !old.is_write() && !new.is_write() {
+                return covered && old.warp == new.warp && old.lanes & !new.lanes == 0;
+            }
+            if !self.ordered(*old, who) && !self.morally_strong(*old, new) {
                 conflict = conflict.or(Some((*old, false)));
             } else if let Some(issuer) = issuer
-                && clash
                 && old.is_write()
                 && !old.is_async()
                 && !self.proxied(*old, issuer)
             {
                 conflict = conflict.or(Some((*old, true)));
             }
-            let covered = old.bytes() & !new.bytes() == 0;
-            covered && (new.is_write() || !old.is_write() && ordered)
+            covered && new.is_write()
         };
         if let Some(more) = &mut cell.more {
             more.retain_mut(|r| !stale(r));
-            if more.is_empty() {
-                cell.more = None;
-            }
         }
         for slot in &mut cell.near {
             if slot.meta != 0 && stale(slot) {
                 *slot = Record::default();
             }
         }
-        Self::insert(cell, new);
+        self.insert(cell, new, who);
         conflict
     }
 
-    fn insert(cell: &mut Cell, new: Record) {
+    fn insert(&self, cell: &mut Cell, new: Record, who: Who) {
         for slot in cell.near.iter_mut().chain(cell.more.iter_mut().flat_map(|m| m.iter_mut())) {
             if slot.meta == new.meta && slot.warp == new.warp && slot.clock == new.clock {
                 slot.lanes |= new.lanes;
@@ -412,6 +415,13 @@ impl Races {
             return;
         }
         let more = cell.more.get_or_insert_default();
+        // Now and then, reads that are ordered before this access make room: what comes after
+        // this access comes after them.
+        if more.len() >= 16 && more.len().is_power_of_two() {
+            more.retain(|r| {
+                r.is_write() || r.bytes() & !new.bytes() != 0 || !self.ordered(*r, who)
+            });
+        }
         if more.len() >= CELL_MAX {
             more.remove(0);
         }

@@ -27,10 +27,8 @@ pub(crate) struct CopyGroups {
     pub(crate) open: u32,
     /// Unfinished copies by group.
     pub(crate) left: Vec<(u32, u32)>,
-    /// Highest counter of finished copies, to be known after a wait, by group.
+    /// Counters of finished copies, to be known after a wait, by group.
     pub(crate) done: Vec<(u32, u32)>,
-    /// Counter of the last finished copy.
-    pub(crate) last: u32,
 }
 
 pub(crate) struct Warp {

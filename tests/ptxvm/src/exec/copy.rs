@@ -47,6 +47,8 @@ pub(crate) struct Copy {
     pub(crate) block: u32,
     index: u32,
     pub(crate) pc: u32,
+    /// The agent's counter: later copies have higher ones.
+    clock: u32,
     action: Action,
 }
 
@@ -86,6 +88,12 @@ impl Core {
     fn issue(&mut self, w: &Warp, action: Action) {
         self.copy_count += 1;
         let block = &self.blocks[w.block as usize];
+        let agent = match action {
+            Action::BulkLoad(..) | Action::BulkStore(_) => block.bulk_agent,
+            _ => block.copy_agents + w.index,
+        };
+        let clock = self.races.counters[agent as usize];
+        self.races.tick(agent);
         self.copies.push(Copy {
             number: self.copy_count,
             warp: block.first_warp + w.index,
@@ -93,6 +101,7 @@ impl Core {
             block: w.block,
             index: w.index,
             pc: w.pc,
+            clock,
             action,
         });
         // What the thread does from here on is not before the copy.
@@ -305,41 +314,36 @@ impl Core {
     fn complete(&mut self, copy: &Copy) {
         let block = &self.blocks[copy.block as usize];
         let (bulk_agent, small_agent) = (block.bulk_agent, block.copy_agents + copy.index);
+        let clock = copy.clock;
         match &copy.action {
             Action::Small(pieces) => {
-                let clock = self.races.counters[small_agent as usize];
                 for piece in pieces {
                     self.transfer(copy, piece, (small_agent, piece.lane as u32, clock), false);
                 }
                 let Some(w) = &mut self.warps[copy.warp as usize] else { return };
                 for piece in pieces {
                     let groups = &mut w.copies[piece.lane];
-                    groups.done.push((piece.group, clock));
-                    groups.last = clock;
+                    match groups.done.iter_mut().find(|g| g.0 == piece.group) {
+                        Some(g) => g.1 = g.1.max(clock),
+                        None => groups.done.push((piece.group, clock)),
+                    }
                     if let Some(g) = groups.left.iter_mut().find(|g| g.0 == piece.group) {
                         g.1 -= 1;
                     }
                     groups.left.retain(|g| g.1 != 0);
                 }
-                self.races.tick(small_agent);
             }
             Action::Arrive(places) => {
                 for &(lane, at) in places {
-                    let last = match &self.warps[copy.warp as usize] {
-                        Some(w) => w.copies.get(lane).map_or(0, |g| g.last),
-                        None => 0,
-                    };
                     self.finish_phase(copy, at, lane, |bar| {
-                        bar.arriving.raise(small_agent as usize * 32 + lane, last);
+                        bar.arriving.raise(small_agent as usize * 32 + lane, clock);
                         bar.arrive(1)
                     });
                 }
             }
             Action::BulkLoad(piece, mbar) => {
                 let lane = self.agent_lane(copy.block, mbar.1);
-                let clock = self.races.counters[bulk_agent as usize];
                 self.transfer(copy, piece, (bulk_agent, lane, clock), true);
-                self.races.tick(bulk_agent);
                 let bytes = piece.bytes;
                 self.finish_phase(copy, *mbar, piece.lane, |bar| {
                     bar.arriving.raise(bulk_agent as usize * 32 + lane as usize, clock);
@@ -349,9 +353,7 @@ impl Core {
             Action::BulkStore(piece) => {
                 let thread = (u64::from(copy.index) * 32 + piece.lane as u64) | 1 << 40;
                 let lane = self.agent_lane(copy.block, thread);
-                let clock = self.races.counters[bulk_agent as usize];
                 self.transfer(copy, piece, (bulk_agent, lane, clock), true);
-                self.races.tick(bulk_agent);
                 let at = bulk_agent as usize * 32 + lane as usize;
                 if let Some(w) = &mut self.warps[copy.warp as usize] {
                     w.bulk_done.push((piece.lane, piece.group, at, clock));
