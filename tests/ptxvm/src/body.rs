@@ -188,8 +188,7 @@ impl Body<'_> {
                 self.parser.expect(';')?;
                 let (space, base) =
                     if d == "local" { (Space::Local, 0) } else { (Space::Param, LANE_PARAMS) };
-                let area =
-                    if d == "local" { &mut self.local_bytes } else { &mut self.param_bytes };
+                let area = if d == "local" { &mut self.local_bytes } else { &mut self.param_bytes };
                 let offset = area.next_multiple_of(decl.align);
                 *area = offset + decl.bytes;
                 self.symbol(decl.name, space, decl.bytes, decl.align, base + offset);
@@ -380,7 +379,11 @@ impl Body<'_> {
         // Addresses inside the thread's own areas are known now; the others at launch.
         let fixed = matches!(symbol.space, Space::Param | Space::Local).then_some(symbol.offset);
         let mut offset = 0;
-        if self.parser.is('+') && !matches!(self.parser.toks.get(self.parser.at + 1).map(|t| &t.tok), Some(Tok::Word(_)))
+        if self.parser.is('+')
+            && !matches!(
+                self.parser.toks.get(self.parser.at + 1).map(|t| &t.tok),
+                Some(Tok::Word(_))
+            )
         {
             self.parser.accept('+');
             offset = self.parser.int()? as i64;

@@ -210,9 +210,8 @@ fn parameters(code: &Code, entry: usize, args: &[Arg]) -> Result<Vec<u8>, VmErro
 fn layout_shared(code: &Code, entry: u32, dynamic: u32, symbols: &mut [u64]) -> SharedLayout {
     let mut end = 0u64;
     let mut names = Vec::new();
-    let mine = |owner: Option<u32>| {
-        owner.is_none_or(|f| f == entry || !code.functions[f as usize].entry)
-    };
+    let mine =
+        |owner: Option<u32>| owner.is_none_or(|f| f == entry || !code.functions[f as usize].entry);
     let shared = || code.symbols.iter().enumerate().filter(|(_, s)| s.space == Space::Shared);
     for (i, symbol) in shared().filter(|(_, s)| !s.dynamic && mine(s.owner)) {
         let at = (SHARED_FIRST + end).next_multiple_of(symbol.align) - SHARED_FIRST;

@@ -172,8 +172,7 @@ impl Lexer<'_> {
             || (self.peek(0) | 0x20) == b'e';
         if decimal {
             while matches!(self.peek(0), b'0'..=b'9' | b'.' | b'e' | b'E')
-                || (matches!(self.peek(0), b'+' | b'-')
-                    && self.bytes[self.at - 1] | 0x20 == b'e')
+                || (matches!(self.peek(0), b'+' | b'-') && self.bytes[self.at - 1] | 0x20 == b'e')
             {
                 self.at += 1;
             }

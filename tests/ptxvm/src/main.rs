@@ -117,11 +117,7 @@ impl FromStr for CliArg {
 /// A buffer to be saved: address, length, file.
 type Output = (u64, u64, PathBuf);
 
-fn buffers(
-    vm: &mut Vm,
-    gpu: DeviceId,
-    args: &[CliArg],
-) -> Result<(Vec<Arg>, Vec<Output>), String> {
+fn buffers(vm: &mut Vm, gpu: DeviceId, args: &[CliArg]) -> Result<(Vec<Arg>, Vec<Output>), String> {
     let (mut values, mut outputs) = (Vec::new(), Vec::new());
     for (i, arg) in args.iter().enumerate() {
         let (input, bytes, output) = match arg {

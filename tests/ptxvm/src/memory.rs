@@ -77,9 +77,7 @@ impl HostMemory {
                 4 => AtomicU32::from_ptr(p.cast())
                     .compare_exchange(old as u32, new as u32, order, order)
                     .is_ok(),
-                _ => AtomicU64::from_ptr(p.cast())
-                    .compare_exchange(old, new, order, order)
-                    .is_ok(),
+                _ => AtomicU64::from_ptr(p.cast()).compare_exchange(old, new, order, order).is_ok(),
             }
         }
     }
@@ -140,7 +138,8 @@ impl Region {
         if bit + u64::from(bytes) <= 64 && bytes <= 8 {
             return self.init[word] >> bit & wanted == wanted;
         }
-        (offset..offset + u64::from(bytes)).all(|i| self.init[(i / 64) as usize] >> (i % 64) & 1 == 1)
+        (offset..offset + u64::from(bytes))
+            .all(|i| self.init[(i / 64) as usize] >> (i % 64) & 1 == 1)
     }
 
     pub(crate) fn set_init(&mut self, offset: u64, bytes: u64) {

@@ -391,7 +391,7 @@ impl Parser {
                         max_threads = Some(total);
                     }
                 }
- "pragma" | "abi_preserve" | "abi_preserve_control" => self.skip_to(';')?,
+                "pragma" | "abi_preserve" | "abi_preserve_control" => self.skip_to(';')?,
                 _ => {
                     self.at -= 1;
                     return self.err(format!("unknown directive .{d} on a function"));

@@ -178,8 +178,8 @@ impl Shadow {
         if self.pages.len() <= page {
             self.pages.resize_with(page + 1, || None);
         }
-        let cells =
-            self.pages[page].get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+        let cells = self.pages[page]
+            .get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
         &mut cells[slot]
     }
 
@@ -504,9 +504,8 @@ impl Races {
             } else if !thread.pending.iter().any(|r| r.clock.same(&release.clock)) {
                 // What a fence takes over depends on the narrower of the two scopes; the read's
                 // is checked above.
-                let newer = |r: &mut Release| {
-                    r.block == release.block && release.clock.covers(&r.clock)
-                };
+                let newer =
+                    |r: &mut Release| r.block == release.block && release.clock.covers(&r.clock);
                 match thread.pending.iter_mut().find_map(|r| newer(r).then_some(r)) {
                     Some(r) => *r = release.clone(),
                     None => thread.pending.push(release.clone()),

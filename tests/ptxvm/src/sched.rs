@@ -183,7 +183,12 @@ impl Core {
                 if w.active != 0 { w.pc } else { w.pcs[w.alive.trailing_zeros() as usize] }
             });
             let message = format!("block {} has not ended", b.index);
-            self.report(FindingKind::StillRunning, (block as u32, index as u32, 0, pc), None, message);
+            self.report(
+                FindingKind::StillRunning,
+                (block as u32, index as u32, 0, pc),
+                None,
+                message,
+            );
         }
     }
 }

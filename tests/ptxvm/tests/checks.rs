@@ -156,9 +156,8 @@ fn scopes_between_devices() {
 #[test]
 fn barriers() {
     let kind = FindingKind::Barrier;
-    let two_of_three = |count: u32| {
-        format!("setp.ge.u32 %p1, %r1, 64;\n@%p1 ret;\nbar.sync 1, {count};")
-    };
+    let two_of_three =
+        |count: u32| format!("setp.ge.u32 %p1, %r1, 64;\n@%p1 ret;\nbar.sync 1, {count};");
     clean(&two_of_three(64), 1, 96);
     let f = planted(&two_of_three(96), 1, 96, kind, "bar.sync");
     assert!(f.message.contains("wait in barrier 1"), "{f}");
@@ -248,7 +247,8 @@ fn limits_and_traps() {
 
 #[test]
 fn notes_name_the_task() {
-    let text = kernel("st.global.u32 [%rd1], 17;\nst.shared.u32 [s], 3;\nld.global.u32 %r4, [%rd2];");
+    let text =
+        kernel("st.global.u32 [%rd1], 17;\nst.shared.u32 [s], 3;\nld.global.u32 %r4, [%rd2];");
     let module = Module::parse(&text).unwrap();
     let mut vm = Vm::new(VmConfig::default());
     let gpu = vm.add_device("gpu0");
@@ -270,8 +270,10 @@ fn same_seed_same_run() {
     let body = exchange("bar.sync 0;") + "\nred.global.add.u32 [%rd1], %r6;";
     let steps = |seed| run_module(&kernel(&body), 3, 96, seed).vm.time_ns();
     let order = |seed| {
-        let text = kernel("atom.global.add.u32 %r4, [%rd1], 1;\nmad.wide.u32 %rd3, %r4, 4, %rd2;\n\
-                           shl.b32 %r5, %r2, 16;\nor.b32 %r5, %r5, %r1;\nst.global.u32 [%rd3], %r5;");
+        let text = kernel(
+            "atom.global.add.u32 %r4, [%rd1], 1;\nmad.wide.u32 %rd3, %r4, 4, %rd2;\n\
+                           shl.b32 %r5, %r2, 16;\nor.b32 %r5, %r5, %r1;\nst.global.u32 [%rd3], %r5;",
+        );
         let mut ran = run_module(&text, 4, 64, seed);
         let q = ran.q;
         ran.u32s(q, 256)

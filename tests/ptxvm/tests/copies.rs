@@ -32,9 +32,10 @@ fn bulk_load() {
     for seed in common::SEEDS {
         // Either the copy has not come, or it has and nothing orders it.
         let ran = run_module(&kernel(&unwaited), 1, 64, seed);
-        let hit = ran.vm.findings().iter().any(|f| {
-            matches!(f.kind, FindingKind::DataRace | FindingKind::UninitialisedMemory)
-        });
+        let hit =
+            ran.vm.findings().iter().any(|f| {
+                matches!(f.kind, FindingKind::DataRace | FindingKind::UninitialisedMemory)
+            });
         assert!(hit, "seed {seed}: {}", ran.list());
     }
     let wrong = BULK.replace("[s], 256;\nadd", "[s], 512;\nadd");
@@ -58,9 +59,11 @@ fn bulk_load() {
 fn page_is_overwritten_only_when_released() {
     // After the first page is read, thread 0 loads another over it.
     let again = |between: &str| {
-        BULK.replace("mbarrier.init.shared.b64 [s], 1;", "mbarrier.init.shared.b64 [s], 1;\n\
-                      mbarrier.init.shared.b64 [s+8], 64;")
-            + between
+        BULK.replace(
+            "mbarrier.init.shared.b64 [s], 1;",
+            "mbarrier.init.shared.b64 [s], 1;\n\
+                      mbarrier.init.shared.b64 [s+8], 64;",
+        ) + between
             + "\n@%p1 bra E;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [s], 256;\n\
                cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], [%rd1+256], \
                256, [s]; // second\nE:\nX:\nmbarrier.try_wait.parity.shared.b64 %p3, [s], 1;\n\
@@ -112,8 +115,10 @@ fn small_copies() {
         }
     }
     // Waiting orders one's own copies only: the neighbour's need a barrier too.
-    let other = copy("cp.async.wait_all;\nxor.b32 %r7, %r1, 1;\nshl.b32 %r7, %r7, 4;\n\
-                      add.u32 %r5, %r3, %r7;");
+    let other = copy(
+        "cp.async.wait_all;\nxor.b32 %r7, %r1, 1;\nshl.b32 %r7, %r7, 4;\n\
+                      add.u32 %r5, %r3, %r7;",
+    );
     let synced = other.replace("wait_all;", "wait_all;\nbar.sync 0;");
     clean(&synced, 1, 64);
     for seed in common::SEEDS {

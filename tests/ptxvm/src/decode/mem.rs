@@ -67,7 +67,8 @@ fn policy(ins: &mut Ins) -> Res<Op> {
         return ins.err("unknown form of createpolicy");
     }
     ins.take("global");
-    let known = ["L2", "L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"];
+    let known =
+        ["L2", "L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"];
     while ins.take_of(&known).is_some() {}
     ins.ty()?;
     Ok(Op::Createpolicy { d: ins.dst(0)? })

@@ -180,7 +180,9 @@ impl Ins {
                 Src::Imm((f64::from_bits(*bits) as f32).to_bits().into())
             }
             Opd::F64(bits) => Src::Imm(*bits),
-            Opd::Dec(x) if matches!(ty, Ty::F32 | Ty::B32) => Src::Imm((*x as f32).to_bits().into()),
+            Opd::Dec(x) if matches!(ty, Ty::F32 | Ty::B32) => {
+                Src::Imm((*x as f32).to_bits().into())
+            }
             Opd::Dec(x) => Src::Imm(x.to_bits()),
             Opd::Special(s) => Src::Special(*s),
             Opd::Sym(id, offset) => Src::Sym(*id, *offset),

@@ -89,8 +89,7 @@ impl Core {
         // An arrival without waiting releases what was done before it, not what comes after.
         if self.races.enabled && !waits {
             let (arrived, lanes) = (w.id, lanes);
-            let clocks: Vec<_> =
-                bits(lanes).map(|l| self.races.snapshot(arrived, l)).collect();
+            let clocks: Vec<_> = bits(lanes).map(|l| self.races.snapshot(arrived, l)).collect();
             let bar = &mut self.blocks[w.block as usize].barriers[id];
             bar.clocks.pop();
             for clock in &clocks {

@@ -169,7 +169,9 @@ impl Core {
         let addrs = self.addresses(w, code, addr, lanes);
         let mut places = Vec::new();
         for lane in bits(lanes) {
-            let Some(at) = self.mbarrier_place(w, Space::Shared, addrs[lane], lane) else { continue };
+            let Some(at) = self.mbarrier_place(w, Space::Shared, addrs[lane], lane) else {
+                continue;
+            };
             let Some(bar) = self.memory.regions[at.0 as usize].mbarriers.get_mut(&at.1) else {
                 let message = "this mbarrier is not initialised".into();
                 self.report_place(FindingKind::Mbarrier, w, 1 << lane, at, message);
@@ -423,10 +425,8 @@ impl Core {
             let place = Some(self.memory.regions[region as usize].describe(word));
             let (kind, mut message) = (FindingKind::DataRace, self.race_message(record, old));
             if of_proxies {
-                message = message.replace(
-                    "is not ordered after",
-                    "has no fence.proxy.async between itself and",
-                );
+                message = message
+                    .replace("is not ordered after", "has no fence.proxy.async between itself and");
                 self.report(FindingKind::ProxyRace, at, place, message);
             } else {
                 self.report(kind, at, place, message);

@@ -63,9 +63,7 @@ impl Core {
         lane: usize,
     ) -> Option<(u32, u64)> {
         match self.place(w, lane, space, addr, (8, 8))? {
-            Place::Region(region, offset)
-                if region == self.blocks[w.block as usize].shared =>
-            {
+            Place::Region(region, offset) if region == self.blocks[w.block as usize].shared => {
                 Some((region, offset))
             }
             _ => {
@@ -149,7 +147,8 @@ impl Core {
                 bar.complete(x as u32).map(|_| 0)
             }
             Mbar::Test { parity, acquire, .. } => {
-                let over = if *parity { bar.phase & 1 != x & 1 } else { bar.phase > x >> TOKEN_SHIFT };
+                let over =
+                    if *parity { bar.phase & 1 != x & 1 } else { bar.phase > x >> TOKEN_SHIFT };
                 if over && *acquire && races {
                     let clock = bar.completed.clone();
                     self.races.thread(w.id, lane).clock.join(&clock);

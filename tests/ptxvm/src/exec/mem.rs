@@ -181,9 +181,7 @@ impl Core {
             }
             Place::Local(index) => &w.local[index + at as usize..],
             Place::Call(index) => &w.params[index + at as usize..],
-            Place::Kernel(index) => {
-                &self.launches[w.launch as usize].params[index + at as usize..]
-            }
+            Place::Kernel(index) => &self.launches[w.launch as usize].params[index + at as usize..],
         };
         let mut raw = [0; 8];
         raw[..size as usize].copy_from_slice(&bytes[..size as usize]);
@@ -260,7 +258,13 @@ impl Core {
         }
     }
 
-    pub(super) fn check_race(&mut self, w: &Warp, (region, offset, total): (u32, u64, u32), lanes: u32, kind: Kind) {
+    pub(super) fn check_race(
+        &mut self,
+        w: &Warp,
+        (region, offset, total): (u32, u64, u32),
+        lanes: u32,
+        kind: Kind,
+    ) {
         let record = Record::new(w.id, self.races.counters[w.id as usize], lanes, kind, w.pc);
         let who = Who { warp: w.id, lanes, clock: None, own: None };
         let shadow = &mut self.memory.regions[region as usize].shadow;
@@ -400,8 +404,7 @@ impl Core {
             };
             self.check_atomic(w, acc, (region, offset), d.is_some(), lane);
             let f = |old| combine(*op, acc, old, b[lane], c[lane]);
-            let (old, changed) =
-                self.memory.regions[region as usize].update(offset, size, f);
+            let (old, changed) = self.memory.regions[region as usize].update(offset, size, f);
             out[lane] = old;
             moved |= changed;
             if self.races.enabled {

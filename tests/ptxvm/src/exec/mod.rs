@@ -331,7 +331,8 @@ impl Core {
     fn copy_results(&mut self, w: &mut Warp, code: &Code, lanes: u32) {
         for lane in bits(lanes) {
             let Some(&back) = w.stack[lane].last() else { continue };
-            if let Op::Call { ret: Some((from, to, bytes)), .. } = code.insts[back as usize - 1].op {
+            if let Op::Call { ret: Some((from, to, bytes)), .. } = code.insts[back as usize - 1].op
+            {
                 let base = lane * w.param_bytes;
                 let from = base + from as usize;
                 w.params.copy_within(from..from + bytes as usize, base + to as usize);

@@ -37,7 +37,9 @@ impl Core {
             }
             if first & !w.alive != 0 {
                 let gone = (first & !w.alive).trailing_zeros();
-                let message = format!("the member mask {first:#010x} names lane {gone}, which exited or never was");
+                let message = format!(
+                    "the member mask {first:#010x} names lane {gone}, which exited or never was"
+                );
                 self.blame(FindingKind::WarpSync, w, lane, message);
             }
             wanted = (first | w.active) & w.alive;

@@ -1,8 +1,8 @@
 //! Conversions between all types, in every rounding mode.
 
 use super::float::{flush, fmt};
-use super::soft::{self, Num, from_int, pack, to_int, unpack};
 use super::int::val;
+use super::soft::{self, Num, from_int, pack, to_int, unpack};
 use crate::program::Par;
 use crate::types::{Round, Ty, mask};
 

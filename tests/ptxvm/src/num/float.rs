@@ -218,7 +218,11 @@ fn pick(p: &Par, a: u64, b: u64, larger: bool) -> u64 {
             (true, false) => b,
             (false, true) => a,
             (false, false) => {
-                if (key(a, f) < key(b, f)) != larger { a } else { b }
+                if (key(a, f) < key(b, f)) != larger {
+                    a
+                } else {
+                    b
+                }
             }
         };
         finish(p, out)

@@ -304,9 +304,7 @@ pub(crate) fn dp4a(p: &Par, a: u64, b: u64, c: u64) -> u64 {
         let byte = x >> (8 * i) & 0xff;
         if ty.signed() { sext(byte, 8) } else { byte as i64 }
     };
-    (0..4).fold(c, |sum, i| {
-        sum.wrapping_add((pick(p.ty, a, i) * pick(p.from, b, i)) as u64)
-    })
+    (0..4).fold(c, |sum, i| sum.wrapping_add((pick(p.ty, a, i) * pick(p.from, b, i)) as u64))
 }
 
 /// `dp2a`: `sel` 1 takes the high half of `b`.

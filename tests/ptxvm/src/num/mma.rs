@@ -15,7 +15,8 @@ fn element(frag: &Frag, lane: usize, index: usize, ty: Ty) -> (f64, i64) {
     let per = 4 / width(ty);
     let word = frag[index / per][lane];
     let part = word >> (index % per * width(ty) * 8);
-    let float = |bits: u64, fmt| f64::from_bits(pack(unpack(bits, fmt), soft::F64, Round::Rn, false));
+    let float =
+        |bits: u64, fmt| f64::from_bits(pack(unpack(bits, fmt), soft::F64, Round::Rn, false));
     match ty {
         Ty::F16 => (float(u64::from(part & 0xffff), soft::F16), 0),
         Ty::Bf16 => (float(u64::from(part & 0xffff), soft::BF16), 0),

@@ -167,7 +167,11 @@ pub(crate) fn mul(x: Num, y: Num) -> Num {
         (Num::Nan, _) | (_, Num::Nan) => Num::Nan,
         (Num::Inf(n), Num::Inf(m)) => Num::Inf(n != m),
         (Num::Inf(n), Num::Fin { neg, mant, .. }) | (Num::Fin { neg, mant, .. }, Num::Inf(n)) => {
-            if mant == 0 { Num::Nan } else { Num::Inf(n != neg) }
+            if mant == 0 {
+                Num::Nan
+            } else {
+                Num::Inf(n != neg)
+            }
         }
         (Num::Fin { neg, mant, exp, .. }, Num::Fin { neg: n, mant: m, exp: e, .. }) => {
             Num::Fin { neg: neg != n, mant: mant * m, exp: exp + e, sticky: false }
@@ -182,10 +186,9 @@ pub(crate) fn add(x: Num, y: Num, round: Round) -> Num {
         (Num::Inf(a), Num::Inf(b)) => return if a == b { x } else { Num::Nan },
         (Num::Inf(_), _) => return x,
         (_, Num::Inf(_)) => return y,
-        (
-            Num::Fin { neg, mant, exp, .. },
-            Num::Fin { neg: n, mant: m, exp: e, .. },
-        ) => (neg, mant, exp, n, m, e),
+        (Num::Fin { neg, mant, exp, .. }, Num::Fin { neg: n, mant: m, exp: e, .. }) => {
+            (neg, mant, exp, n, m, e)
+        }
     };
     if xm == 0 && ym == 0 {
         let neg = if xn == yn { xn } else { round == Round::Rm };
@@ -209,11 +212,8 @@ pub(crate) fn add(x: Num, y: Num, round: Round) -> Num {
         ((yn, b.0, b.1), (xn, a.0, a.1))
     };
     let gap = (he - le) as u32;
-    let (low, lost) = if gap > 127 {
-        (0, true)
-    } else {
-        (lm >> gap, lm & ((1u128 << gap) - 1) != 0)
-    };
+    let (low, lost) =
+        if gap > 127 { (0, true) } else { (lm >> gap, lm & ((1u128 << gap) - 1) != 0) };
     if hn == ln {
         return Num::Fin { neg: hn, mant: hm + low, exp: he, sticky: lost };
     }

@@ -85,3 +85,50 @@ pub fn planted(body: &str, grid: u32, block: u32, kind: FindingKind, at: &str) -
     }
     last.unwrap()
 }
+
+/// Executes one instruction for each case. `op` uses `A`, `B` and `C` for the sources and `D` for
+/// the result, which are registers of the given widths in bits.
+pub fn eval(op: &str, widths: [u32; 4], cases: &[[u64; 3]]) -> Vec<u64> {
+    let name = |i: usize| ["%a", "%b", "%c", "%d"][i];
+    let mut text = String::from(
+        ".version 8.4\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 p, \
+         .param .u64 q, .param .u32 n)\n{\n.reg .b64 %x<9>; .reg .b32 %y<9>; .reg .pred %out;\n",
+    );
+    for (i, width) in widths.iter().enumerate() {
+        text += &format!(".reg .b{width} {};\n", name(i));
+    }
+    text += "ld.param.u64 %x1, [p]; ld.param.u64 %x2, [q]; ld.param.u32 %y5, [n];\n\
+             mov.u32 %y1, %tid.x; mov.u32 %y2, %ctaid.x; mad.lo.u32 %y1, %y2, 256, %y1;\n\
+             setp.ge.u32 %out, %y1, %y5; @%out ret;\n\
+             mad.wide.u32 %x1, %y1, 24, %x1; mad.wide.u32 %x2, %y1, 8, %x2;\n";
+    for (i, width) in widths[..3].iter().enumerate() {
+        text += &format!("ld.global.u{width} {}, [%x1+{}];\n", name(i), i * 8);
+    }
+    let op = op.replace('A', "%a").replace('B', "%b").replace('C', "%c").replace('D', "%d");
+    text += &format!("{op}\nst.global.u{} [%x2], %d;\nret;\n}}\n", widths[3]);
+    let module = Module::parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    let mut vm = Vm::new(VmConfig { checks: ptxvm::Checks::NONE, ..VmConfig::default() });
+    let gpu = vm.add_device("gpu0");
+    let raw: Vec<u8> = cases.iter().flatten().flat_map(|x| x.to_le_bytes()).collect();
+    let p = vm.alloc(gpu, "p", raw.len() as u64, 256);
+    let q = vm.alloc(gpu, "q", cases.len() as u64 * 8, 256);
+    vm.write(p, &raw).unwrap();
+    let grid = cases.len().div_ceil(256) as u32;
+    let args = [Arg::U64(p), Arg::U64(q), Arg::U32(cases.len() as u32)];
+    vm.launch(gpu, &module, "k", grid, 256, 0, &args).unwrap();
+    assert_eq!(vm.run(u64::MAX), RunState::Finished);
+    let mut out = vec![0; cases.len() * 8];
+    vm.read(q, &mut out).unwrap();
+    out.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().unwrap())).collect()
+}
+
+/// Compares an instruction with a function of the host for every case.
+pub fn agree(op: &str, widths: [u32; 4], cases: &[[u64; 3]], host: impl Fn(u64, u64, u64) -> u64) {
+    let mask = |x: u64, width: u32| if width == 64 { x } else { x & ((1 << width) - 1) };
+    for (case, got) in cases.iter().zip(eval(op, widths, cases)) {
+        let [a, b, c] = *case;
+        let (a, b, c) = (mask(a, widths[0]), mask(b, widths[1]), mask(c, widths[2]));
+        let want = mask(host(a, b, c), widths[3]);
+        assert_eq!(got, want, "{op} of {a:#x} {b:#x} {c:#x}: {got:#x}, not {want:#x}");
+    }
+}
