@@ -27,6 +27,7 @@
 //! ```
 
 mod body;
+mod clock;
 mod core;
 mod decode;
 mod exec;
@@ -41,6 +42,7 @@ mod parse;
 mod program;
 mod race;
 mod sched;
+mod shadow;
 mod types;
 mod vm;
 mod warp;

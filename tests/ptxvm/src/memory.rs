@@ -248,7 +248,7 @@ impl Region {
 
     /// The largest aligned access of at most eight bytes at `addr`.
     fn split(addr: u64, left: usize) -> usize {
-        [8, 4, 2].into_iter().find(|&n| left >= n && addr % n as u64 == 0).unwrap_or(1)
+        [8, 4, 2].into_iter().find(|&n| left >= n && addr.is_multiple_of(n as u64)).unwrap_or(1)
     }
 
     /// `name+offset` for messages.

@@ -371,6 +371,29 @@ impl Parser {
         Ok(out)
     }
 
+    /// The number of a function, which may have been declared before.
+    fn function_id(&mut self, name: &str, entry: bool) -> u32 {
+        if let Some(&id) = self.function_ids.get(name) {
+            return id;
+        }
+        let id = self.code.functions.len() as u32;
+        self.function_ids.insert(name.into(), id);
+        self.code.functions.push(Function {
+            name: name.into(),
+            entry,
+            defined: false,
+            start: 0,
+            params: Vec::new(),
+            rets: Vec::new(),
+            regs: 0,
+            local_bytes: 0,
+            param_bytes: 0,
+            max_threads: None,
+            end: 0,
+        });
+        id
+    }
+
     fn function(&mut self, entry: bool) -> Res<()> {
         let mut area = if entry { 0 } else { self.code.shared_params };
         let rets = if !entry && self.is('(') { self.params(&mut area)? } else { Vec::new() };
@@ -398,27 +421,7 @@ impl Parser {
                 }
             }
         }
-        let id = match self.function_ids.get(&name) {
-            Some(&id) => id,
-            None => {
-                let id = self.code.functions.len() as u32;
-                self.function_ids.insert(name.clone(), id);
-                self.code.functions.push(Function {
-                    name: name.clone(),
-                    entry,
-                    defined: false,
-                    start: 0,
-                    params: Vec::new(),
-                    rets: Vec::new(),
-                    regs: 0,
-                    local_bytes: 0,
-                    param_bytes: 0,
-                    max_threads,
-                    end: 0,
-                });
-                id
-            }
-        };
+        let id = self.function_id(&name, entry);
         if !entry {
             self.code.shared_params = area;
         }

@@ -8,190 +8,11 @@
 //! Shadow memory keeps, for each aligned word, the accesses that are not yet ordered before a
 //! later one that covers them (as FastTrack does, with several readers or byte-wise writers).
 
+pub(crate) use crate::clock::Clock;
+use crate::shadow::{CELL_MAX, Cell};
+pub(crate) use crate::shadow::{Kind, Record, Shadow, Strength};
 use crate::types::Scope;
 use rustc_hash::FxHashMap;
-use std::sync::Arc;
-
-/// A vector clock. Missing components are zero. Cloning shares.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Clock(Option<Arc<Vec<u32>>>);
-
-impl Clock {
-    #[inline]
-    pub(crate) fn get(&self, at: usize) -> u32 {
-        self.0.as_ref().and_then(|v| v.get(at)).copied().unwrap_or(0)
-    }
-
-    fn slice(&self) -> &[u32] {
-        self.0.as_ref().map_or(&[], |v| v)
-    }
-
-    pub(crate) fn same(&self, other: &Clock) -> bool {
-        match (&self.0, &other.0) {
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            (None, None) => true,
-            _ => false,
-        }
-    }
-
-    fn covers(&self, other: &Clock) -> bool {
-        let (mine, theirs) = (self.slice(), other.slice());
-        let shared = mine.len().min(theirs.len());
-        mine[..shared].iter().zip(&theirs[..shared]).all(|(a, b)| a >= b)
-            && theirs[shared..].iter().all(|&b| b == 0)
-    }
-
-    /// Raises this clock to include `other`.
-    pub(crate) fn join(&mut self, other: &Clock) {
-        if self.same(other) || self.covers(other) {
-            return;
-        }
-        if other.covers(self) {
-            self.0.clone_from(&other.0);
-            return;
-        }
-        let theirs = other.slice();
-        let vector = Arc::make_mut(self.0.get_or_insert_default());
-        if vector.len() < theirs.len() {
-            vector.resize(theirs.len(), 0);
-        }
-        for (a, b) in vector.iter_mut().zip(theirs) {
-            *a = (*a).max(*b);
-        }
-    }
-
-    /// Raises one component.
-    pub(crate) fn raise(&mut self, at: usize, to: u32) {
-        if self.get(at) >= to {
-            return;
-        }
-        let vector = Arc::make_mut(self.0.get_or_insert_default());
-        if vector.len() <= at {
-            vector.resize(at + 1, 0);
-        }
-        vector[at] = to;
-    }
-}
-
-/// The strength of an access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Strength {
-    Weak,
-    Strong(Scope),
-}
-
-/// One remembered access.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Record {
-    pub(crate) warp: u32,
-    pub(crate) clock: u32,
-    pub(crate) lanes: u32,
-    /// Bytes (4 bits), write, scope + 1 (3 bits), log2 of the size (3 bits), asynchronous,
-    /// pc (20 bits).
-    meta: u32,
-}
-
-impl Record {
-    pub(crate) fn new(warp: u32, clock: u32, lanes: u32, kind: Kind, pc: u32) -> Record {
-        let scope = match kind.strength {
-            Strength::Weak => 0,
-            Strength::Strong(s) => s as u32 + 1,
-        };
-        let meta = u32::from(kind.write) << 4
-            | scope << 5
-            | (kind.bytes.ilog2() & 7) << 8
-            | u32::from(kind.asynchronous) << 11
-            | pc << 12;
-        Record { warp, clock, lanes, meta }
-    }
-
-    fn with_bytes(self, bytes: u32) -> Record {
-        Record { meta: self.meta & !15 | bytes, ..self }
-    }
-
-    fn bytes(self) -> u32 {
-        self.meta & 15
-    }
-
-    pub(crate) fn is_write(self) -> bool {
-        self.meta >> 4 & 1 == 1
-    }
-
-    fn is_weak(self) -> bool {
-        self.meta >> 5 & 7 == 0
-    }
-
-    fn scope(self) -> Option<Scope> {
-        [None, Some(Scope::Cta), Some(Scope::Cluster), Some(Scope::Gpu), Some(Scope::Sys)]
-            [(self.meta >> 5 & 7) as usize]
-    }
-
-    pub(crate) fn is_async(self) -> bool {
-        self.meta >> 11 & 1 == 1
-    }
-
-    pub(crate) fn pc(self) -> u32 {
-        self.meta >> 12
-    }
-
-    /// In words, for the message of a race.
-    pub(crate) fn describe(self) -> String {
-        let what = if self.is_write() { "write" } else { "read" };
-        let how = match self.scope() {
-            _ if self.is_async() => "asynchronous ".to_string(),
-            None => String::new(),
-            Some(scope) => format!("strong {scope:?}-scope ").to_lowercase(),
-        };
-        format!("{how}{what}")
-    }
-}
-
-/// What an access is, apart from who makes it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Kind {
-    pub(crate) write: bool,
-    pub(crate) strength: Strength,
-    pub(crate) bytes: u32,
-    pub(crate) asynchronous: bool,
-}
-
-#[derive(Clone, Default)]
-struct Cell {
-    near: [Record; 2],
-    more: Option<Box<Vec<Record>>>,
-}
-
-const PAGE_CELLS: usize = 256;
-
-/// The most accesses that are remembered for one word; the oldest makes room.
-const CELL_MAX: usize = 512;
-
-/// The access history of a region, allocated as it is touched.
-#[derive(Default)]
-pub(crate) struct Shadow {
-    pages: Vec<Option<Box<[Cell; PAGE_CELLS]>>>,
-}
-
-impl Shadow {
-    fn cell(&mut self, word: u64) -> &mut Cell {
-        let (page, slot) = (word as usize / PAGE_CELLS, word as usize % PAGE_CELLS);
-        if self.pages.len() <= page {
-            self.pages.resize_with(page + 1, || None);
-        }
-        let cells = self.pages[page]
-            .get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
-        &mut cells[slot]
-    }
-
-    /// Forgets everything about a range: the host wrote it while nothing ran.
-    pub(crate) fn clear(&mut self, offset: u64, len: u64) {
-        for word in offset / 4..(offset + len).div_ceil(4) {
-            if self.pages.get(word as usize / PAGE_CELLS).is_some_and(|p| p.is_some()) {
-                *self.cell(word) = Cell::default();
-            }
-        }
-    }
-}
 
 /// What has been released to an address.
 #[derive(Clone, Debug, Default)]
@@ -324,9 +145,7 @@ impl Races {
     /// Both strong, each inside the other's scope, of the same size.
     fn morally_strong(&self, a: Record, b: Record) -> bool {
         let (Some(x), Some(y)) = (a.scope(), b.scope()) else { return false };
-        a.meta >> 8 & 7 == b.meta >> 8 & 7
-            && self.inside(x, a.warp, b.warp)
-            && self.inside(y, a.warp, b.warp)
+        a.same_size(b) && self.inside(x, a.warp, b.warp) && self.inside(y, a.warp, b.warp)
     }
 
     /// Whether the writer made `record` visible to asynchronous copies, or their issuer did.
@@ -395,7 +214,7 @@ impl Races {
             more.retain_mut(|r| !stale(r));
         }
         for slot in &mut cell.near {
-            if slot.meta != 0 && stale(slot) {
+            if slot.is_some() && stale(slot) {
                 *slot = Record::default();
             }
         }
@@ -405,12 +224,12 @@ impl Races {
 
     fn insert(&self, cell: &mut Cell, new: Record, who: Who) {
         for slot in cell.near.iter_mut().chain(cell.more.iter_mut().flat_map(|m| m.iter_mut())) {
-            if slot.meta == new.meta && slot.warp == new.warp && slot.clock == new.clock {
+            if slot.joins(new) {
                 slot.lanes |= new.lanes;
                 return;
             }
         }
-        if let Some(free) = cell.near.iter_mut().find(|s| s.meta == 0) {
+        if let Some(free) = cell.near.iter_mut().find(|s| !s.is_some()) {
             *free = new;
             return;
         }

@@ -50,7 +50,7 @@ impl Core {
             self.stuck = true;
             return Some(RunState::Stuck);
         }
-        let Some(at) = self.pick() else { return None };
+        let at = self.pick()?;
         let steps = 1 + self.rng.below(BURSTS[mood]);
         self.run_warp(at, steps);
         None
@@ -109,10 +109,10 @@ impl Core {
         let ended = w.alive == 0;
         let block = w.block;
         self.warps[number as usize] = if ended { None } else { Some(w) };
-        if ended || flow == Flow::Blocked {
-            if let Some(at) = self.ready.iter().position(|&n| n == number) {
-                self.ready.swap_remove(at);
-            }
+        if (ended || flow == Flow::Blocked)
+            && let Some(at) = self.ready.iter().position(|&n| n == number)
+        {
+            self.ready.swap_remove(at);
         }
         if ended && self.dead_launches.is_empty() {
             self.finish_warp(block);

@@ -96,7 +96,9 @@ proptest! {
         agree("mad.rn.f32 D, A, B, C;", W32, &cases, |x, y, z| b(f(x).mul_add(f(y), f(z))));
         agree("abs.f32 D, A;", W32, &cases, |x, _, _| x & 0x7fff_ffff);
         agree("neg.f32 D, A;", W32, &cases, |x, _, _| x ^ 0x8000_0000);
-        agree("copysign.f32 D, A, B;", W32, &cases, |x, y, _| u64::from(f(y).copysign(f(x)).to_bits()));
+        agree("copysign.f32 D, A, B;", W32, &cases, |x, y, _| {
+            u64::from(f(y).copysign(f(x)).to_bits())
+        });
     }
 
     /// The exact arithmetic must agree with the host where the host is right: `.ftz` with operands
@@ -169,7 +171,11 @@ proptest! {
         cases.retain(|c| c.iter().all(|&x| d(x).abs() < 1e150 && d(x).abs() > 1e-100));
         for (mode, sign) in [("rm", -1.0), ("rp", 1.0)] {
             let step = |rn: f64, above: f64| {
-                if above * sign <= 0.0 { rn } else if sign > 0.0 { rn.next_up() } else { rn.next_down() }
+                match above * sign > 0.0 {
+                    false => rn,
+                    true if sign > 0.0 => rn.next_up(),
+                    true => rn.next_down(),
+                }
             };
             agree(&format!("mul.{mode}.f64 D, A, B;"), W64, &cases, |x, y, _| {
                 let rn = d(x) * d(y);

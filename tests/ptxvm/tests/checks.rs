@@ -272,7 +272,8 @@ fn same_seed_same_run() {
     let order = |seed| {
         let text = kernel(
             "atom.global.add.u32 %r4, [%rd1], 1;\nmad.wide.u32 %rd3, %r4, 4, %rd2;\n\
-                           shl.b32 %r5, %r2, 16;\nor.b32 %r5, %r5, %r1;\nst.global.u32 [%rd3], %r5;",
+                           shl.b32 %r5, %r2, 16;\nor.b32 %r5, %r5, %r1;\n\
+                           st.global.u32 [%rd3], %r5;",
         );
         let mut ran = run_module(&text, 4, 64, seed);
         let q = ran.q;

@@ -65,8 +65,8 @@ fn page_is_overwritten_only_when_released() {
                       mbarrier.init.shared.b64 [s+8], 64;",
         ) + between
             + "\n@%p1 bra E;\nmbarrier.arrive.expect_tx.shared::cta.b64 _, [s], 256;\n\
-               cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], [%rd1+256], \
-               256, [s]; // second\nE:\nX:\nmbarrier.try_wait.parity.shared.b64 %p3, [s], 1;\n\
+               cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r4], \
+               [%rd1+256], 256, [s]; // second\nE:\nX:\nmbarrier.try_wait.parity.shared.b64 %p3, [s], 1;\n\
                @!%p3 bra X;"
     };
     let released = "mbarrier.arrive.shared.b64 %rd6, [s+8];\n@%p1 bra E;\nV:\n\

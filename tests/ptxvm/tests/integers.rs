@@ -74,7 +74,9 @@ proptest! {
         agree("shr.u32 D, A, B;", W32, &cases, |x, y, _| if y < 32 { x >> y } else { 0 });
         agree("shr.s32 D, A, B;", W32, &cases, |x, y, _| u(s(x) >> y.min(31)));
         agree("shr.s64 D, A, B;", [64, 32, 32, 64], &cases, |x, y, _| u((x as i64) >> y.min(63)));
-        agree("shf.l.wrap.b32 D, A, B, C;", W32, &cases, |x, y, z| ((y << 32 | x) << (z & 31)) >> 32);
+        agree("shf.l.wrap.b32 D, A, B, C;", W32, &cases, |x, y, z| {
+            ((y << 32 | x) << (z & 31)) >> 32
+        });
         agree("shf.r.clamp.b32 D, A, B, C;", W32, &cases, |x, y, z| (y << 32 | x) >> z.min(32));
         agree("popc.b64 D, A;", [64, 32, 32, 32], &cases, |x, _, _| x.count_ones().into());
         agree("clz.b32 D, A;", W32, &cases, |x, _, _| (x as u32).leading_zeros().into());
@@ -132,18 +134,23 @@ proptest! {
         let f = |x: u64| f32::from_bits(x as u32);
         agree(&set("lt.f32"), W32, &cases, |x, y, _| (f(x) < f(y)).into());
         agree(&set("ltu.f32"), W32, &cases, |x, y, _| {
-            u64::from(!matches!(f(x).partial_cmp(&f(y)), Some(std::cmp::Ordering::Greater | std::cmp::Ordering::Equal)))
+            let order = f(x).partial_cmp(&f(y));
+            order.is_none_or(std::cmp::Ordering::is_lt).into()
         });
         agree(&set("num.f32"), W32, &cases, |x, y, _| (!f(x).is_nan() && !f(y).is_nan()).into());
-        agree("set.ge.u32.s32 D, A, B;", W32, &cases, |x, y, _| if s(x) >= s(y) { u64::MAX } else { 0 });
-        agree("set.eq.f32.u32 D, A, B;", W32, &cases, |x, y, _| if x == y { 0x3f80_0000 } else { 0 });
+        agree("set.ge.u32.s32 D, A, B;", W32, &cases, |x, y, _| {
+            if s(x) >= s(y) { u64::MAX } else { 0 }
+        });
+        agree("set.eq.f32.u32 D, A, B;", W32, &cases, |x, y, _| {
+            if x == y { 0x3f80_0000 } else { 0 }
+        });
     }
 
     #[test]
     fn carries(cases in triples()) {
         let wide = "{ .reg .b32 l, h, m, k; mov.b64 {l, h}, A; mov.b64 {m, k}, B;
                     add.cc.u32 l, l, m; addc.u32 h, h, k; mov.b64 D, {l, h}; }";
-        agree(&wide.replace("D,", "D,"), W64, &cases, |x, y, _| x.wrapping_add(y));
+        agree(wide, W64, &cases, |x, y, _| x.wrapping_add(y));
         let minus = wide.replace("add.cc", "sub.cc").replace("addc", "subc");
         agree(&minus, W64, &cases, |x, y, _| x.wrapping_sub(y));
         let product = "{ .reg .b32 l, h; mul.lo.u32 l, A, B; mul.hi.u32 h, A, B;

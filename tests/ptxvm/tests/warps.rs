@@ -79,7 +79,7 @@ fn votes_and_matches() {
 fn place_a(lane: usize, i: usize, per: usize) -> (usize, usize) {
     let (group, thread) = (lane / 4, lane % 4);
     let register = i / per;
-    let row = if register % 2 == 0 { group } else { group + 8 };
+    let row = if register.is_multiple_of(2) { group } else { group + 8 };
     (row, thread * per + i % per + if register >= 2 { 4 * per } else { 0 })
 }
 

@@ -215,13 +215,13 @@ fn bits(ins: &mut Ins) -> Res<Op> {
             }
             let mut par = ins.par()?;
             par.sel = u32::from(right) | u32::from(wrap) << 1;
-            return typed(ins, par, int::shf, &u32s);
+            typed(ins, par, int::shf, &u32s)
         }
         "prmt" => {
             let mode = ins.take_of(&["f4e", "b4e", "rc8", "ecl", "ecr", "rc16"]);
             let mut par = ins.par()?;
             par.sel = mode.map_or(0, |m| m as u32 + 1);
-            return typed(ins, par, int::prmt, &u32s);
+            typed(ins, par, int::prmt, &u32s)
         }
         "dp4a" | "dp2a" => {
             let high = ins.take("hi");
@@ -231,14 +231,14 @@ fn bits(ins: &mut Ins) -> Res<Op> {
             let mut par = ins.par()?;
             par.from = ins.ty()?;
             par.sel = u32::from(high);
-            return typed(ins, par, if name == "dp4a" { int::dp4a } else { int::dp2a }, &u32s);
+            typed(ins, par, if name == "dp4a" { int::dp4a } else { int::dp2a }, &u32s)
         }
         "testp" => {
             let kinds = ["finite", "infinite", "number", "notanumber", "normal", "subnormal"];
             let Some(kind) = ins.take_of(&kinds) else { return ins.err("testp needs a class") };
             let mut par = ins.par()?;
             par.sel = kind as u32;
-            return simple(ins, par, float::testp, 1);
+            simple(ins, par, float::testp, 1)
         }
         "bmsk" | "szext" => {
             let wrap = ins.take("wrap");
@@ -248,15 +248,18 @@ fn bits(ins: &mut Ins) -> Res<Op> {
             let mut par = ins.par()?;
             par.sel = u32::from(wrap);
             let f = if name == "bmsk" { int::bmsk } else { int::szext };
-            return typed(ins, par, f, &[par.ty, Ty::U32]);
+            typed(ins, par, f, &[par.ty, Ty::U32])
         }
-        _ => {}
+        _ => plain_bits(ins, &name),
     }
+}
+
+fn plain_bits(ins: &mut Ins, name: &str) -> Res<Op> {
     let shift_amount = ins.take("shiftamt");
     let mut par = ins.par()?;
     par.sel = u32::from(shift_amount);
     let ty = par.ty;
-    match name.as_str() {
+    match name {
         "and" => simple(ins, par, int::and, 2),
         "or" => simple(ins, par, int::or, 2),
         "xor" => simple(ins, par, int::xor, 2),
@@ -271,7 +274,7 @@ fn bits(ins: &mut Ins) -> Res<Op> {
         "sad" => simple(ins, par, int::sad, 3),
         "copysign" => simple(ins, par, float::copysign, 2),
         "bfe" => typed(ins, par, int::bfe, &[ty, Ty::U32, Ty::U32]),
-        "fns" => typed(ins, par, int::fns, &u32s),
+        "fns" => typed(ins, par, int::fns, &[Ty::U32; 3]),
         "selp" => {
             ins.count(4)?;
             let (p, not) = ins.pred(3)?;

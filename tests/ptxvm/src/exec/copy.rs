@@ -198,7 +198,7 @@ impl Core {
         let shared = |a: u64| if a >> 32 == 0 { Space::Shared } else { Space::Generic };
         for lane in bits(lanes) {
             let size = sizes[lane] as u32;
-            if size == 0 || size % 16 != 0 {
+            if size == 0 || !size.is_multiple_of(16) {
                 let message = format!("a bulk copy of {size} bytes: not a multiple of 16");
                 self.blame(FindingKind::Misaligned, w, lane, message);
                 continue;

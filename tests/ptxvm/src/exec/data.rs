@@ -32,6 +32,43 @@ pub(crate) fn in_space(addr: u64, space: Space) -> bool {
 
 impl Core {
     pub(super) fn moves(&mut self, w: &mut Warp, code: &Code, op: &Op, lanes: u32) {
+        match op {
+            Op::Pack { .. } | Op::Unpack { .. } => self.repack(w, code, op, lanes),
+            Op::Mov128 { d, s: crate::program::Src::Reg(from) } => {
+                for part in 0..2 {
+                    let values = w.regs[(from.slot + part) as usize];
+                    w.write(Reg { slot: d.slot + part, bytes: 8 }, lanes, &values);
+                }
+            }
+            Op::Cvta { d, s, space, to } => {
+                let base = window(*space);
+                let values = self.src(w, code, s, lanes);
+                let moved =
+                    values.map(|x| if *to { x.wrapping_sub(base) } else { x.wrapping_add(base) });
+                w.write(*d, lanes, &moved);
+            }
+            Op::Isspacep { d, s, space } => {
+                let values = self.src(w, code, s, lanes);
+                w.write(*d, lanes, &values.map(|x| in_space(x, *space).into()));
+            }
+            Op::ActiveMask { d } => w.write(*d, lanes, &[w.active.into(); 32]),
+            // Policies are opaque; a recognisable number helps in a dump.
+            Op::Createpolicy { d } => w.write(*d, lanes, &[0x14f0_0000_0000_0000; 32]),
+            Op::Mapa { d, s, rank } => {
+                let values = self.src(w, code, s, lanes);
+                let ranks = self.src(w, code, rank, lanes);
+                if let Some(lane) = bits(lanes).find(|&l| ranks[l] as u32 != 0) {
+                    let message = format!("mapa to block {} of a cluster of one", ranks[lane]);
+                    self.blame(crate::finding::FindingKind::BadAccess, w, lane, message);
+                }
+                w.write(*d, lanes, &values);
+            }
+            _ => {}
+        }
+    }
+
+    /// Between a register and its parts.
+    fn repack(&mut self, w: &mut Warp, code: &Code, op: &Op, lanes: u32) {
         let mut out = [0u64; 32];
         match op {
             Op::Pack { d, s, bits: width } if d.bytes == 16 => {
@@ -73,34 +110,6 @@ impl Core {
                     }
                     w.write(*reg, lanes, &out);
                 }
-            }
-            Op::Mov128 { d, s: crate::program::Src::Reg(from) } => {
-                for part in 0..2 {
-                    let values = w.regs[(from.slot + part) as usize];
-                    w.write(Reg { slot: d.slot + part, bytes: 8 }, lanes, &values);
-                }
-            }
-            Op::Cvta { d, s, space, to } => {
-                let base = window(*space);
-                let values = self.src(w, code, s, lanes);
-                out = values.map(|x| if *to { x.wrapping_sub(base) } else { x.wrapping_add(base) });
-                w.write(*d, lanes, &out);
-            }
-            Op::Isspacep { d, s, space } => {
-                let values = self.src(w, code, s, lanes);
-                w.write(*d, lanes, &values.map(|x| in_space(x, *space).into()));
-            }
-            Op::ActiveMask { d } => w.write(*d, lanes, &[w.active.into(); 32]),
-            // Policies are opaque; a recognisable number helps in a dump.
-            Op::Createpolicy { d } => w.write(*d, lanes, &[0x14f0_0000_0000_0000; 32]),
-            Op::Mapa { d, s, rank } => {
-                let values = self.src(w, code, s, lanes);
-                let ranks = self.src(w, code, rank, lanes);
-                if let Some(lane) = bits(lanes).find(|&l| ranks[l] as u32 != 0) {
-                    let message = format!("mapa to block {} of a cluster of one", ranks[lane]);
-                    self.blame(crate::finding::FindingKind::BadAccess, w, lane, message);
-                }
-                w.write(*d, lanes, &values);
             }
             _ => {}
         }

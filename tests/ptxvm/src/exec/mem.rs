@@ -68,7 +68,7 @@ impl Core {
         addr: u64,
         (bytes, align): (u32, u32),
     ) -> Option<Place> {
-        if addr % u64::from(align) != 0 {
+        if !addr.is_multiple_of(u64::from(align)) {
             let message = format!("address {addr:#x} is not a multiple of {align}");
             self.blame(FindingKind::Misaligned, w, lane, message);
             return None;

@@ -1,0 +1,78 @@
+//! The machine in a thread of its own, talking to the host through mapped memory.
+
+mod common;
+
+use common::kernel;
+use ptxvm::{Arg, FindingKind, Module, RunState, Vm, VmConfig};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Doubles what the host puts into word 0, into word 1, until the host asks for 0xffffffff.
+const ECHO: &str = "L:\nld.acquire.sys.global.u32 %r4, [%rd1];\nsetp.eq.u32 %p1, %r4, 0;\n\
+                    @%p1 bra L;\nsetp.eq.u32 %p2, %r4, 0xffffffff;\n@%p2 ret;\n\
+                    add.u32 %r5, %r4, %r4;\nst.relaxed.sys.global.u32 [%rd1], 0;\n\
+                    st.release.sys.global.u32 [%rd1+4], %r5;\nbra L;";
+
+#[test]
+fn mailbox() {
+    let words: Arc<[AtomicU32; 4]> = Arc::default();
+    let module = Module::parse(&kernel(ECHO)).unwrap();
+    let shared = words.clone();
+    let machine = std::thread::spawn(move || {
+        let mut vm = Vm::new(VmConfig { stall_steps: 1000, ..VmConfig::default() });
+        let gpu = vm.add_device("gpu0");
+        let ptr = shared.as_ptr().cast_mut().cast::<u8>();
+        // SAFETY: `shared` outlives the machine, and both sides only use atomics.
+        let at = unsafe { vm.map_host("mailbox", ptr, 16) };
+        assert_eq!(at, ptr as u64);
+        vm.launch(gpu, &module, "k", 1, 1, 16, &[Arg::U64(at), Arg::U64(0)]).unwrap();
+        // Waiting for the host is not being stuck.
+        while vm.run(10_000) == RunState::Running {}
+        vm.findings().to_vec()
+    });
+    for x in 1..200u32 {
+        words[0].store(x, Ordering::Release);
+        let answer = loop {
+            match words[1].swap(0, Ordering::AcqRel) {
+                0 => std::thread::yield_now(),
+                y => break y,
+            }
+        };
+        assert_eq!(answer, 2 * x);
+    }
+    words[0].store(u32::MAX, Ordering::Release);
+    let findings = machine.join().unwrap();
+    assert!(findings.is_empty(), "{findings:?}");
+}
+
+#[test]
+fn devices_race_on_host_memory_too() {
+    let words: [AtomicU32; 4] = Default::default();
+    let module = Module::parse(&kernel("st.global.u32 [%rd1+8], %r2;")).unwrap();
+    let mut vm = Vm::new(VmConfig::default());
+    let gpu = vm.add_device("gpu0");
+    // SAFETY: `words` outlives the machine, which is used in this function only.
+    let at = unsafe { vm.map_host("host", words.as_ptr().cast_mut().cast(), 16) };
+    vm.launch(gpu, &module, "k", 2, 1, 16, &[Arg::U64(at), Arg::U64(0)]).unwrap();
+    assert_eq!(vm.run(u64::MAX), RunState::Finished);
+    assert_eq!(vm.findings()[0].kind, FindingKind::DataRace);
+    assert_eq!(vm.findings()[0].place.as_deref(), Some("host+0x8"));
+}
+
+#[test]
+fn refused_launches_and_accesses() {
+    let module = Module::parse(&kernel("")).unwrap();
+    let mut vm = Vm::new(VmConfig::default());
+    let gpu = vm.add_device("gpu0");
+    let both = [Arg::U64(0), Arg::U64(0)];
+    let error = |r: Result<ptxvm::LaunchId, ptxvm::VmError>| r.unwrap_err().to_string();
+    assert_eq!(error(vm.launch(gpu, &module, "x", 1, 1, 0, &both)), "the module has no kernel x");
+    let few = vm.launch(gpu, &module, "k", 1, 1, 0, &both[..1]);
+    assert_eq!(error(few), "k takes 2 arguments, not 1");
+    let narrow = vm.launch(gpu, &module, "k", 1, 1, 0, &[Arg::U32(0), Arg::U64(0)]);
+    assert_eq!(error(narrow), "argument 0 has 4 bytes where the kernel wants 8");
+    assert!(error(vm.launch(gpu, &module, "k", 1, 1025, 0, &both)).contains("1 to 1024 threads"));
+    let at = vm.alloc(gpu, "a", 10, 8);
+    assert!(vm.write(at + 8, &[0; 3]).unwrap_err().to_string().contains("a+0x8"));
+    assert!(vm.read(1, &mut [0]).is_err());
+}
