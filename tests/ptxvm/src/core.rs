@@ -145,6 +145,8 @@ pub(crate) struct Core {
     pub(crate) progress_at: u64,
     pub(crate) host_read_at: u64,
     pub(crate) stuck: bool,
+    /// The warp that the scheduler starves for now.
+    pub(crate) slow: u32,
     /// What finished kernels knew: a later launch is ordered after them.
     pub(crate) finished: Clock,
     /// A device's module variables: (device, code address, symbol) to address.
@@ -178,6 +180,7 @@ impl Core {
             progress_at: 0,
             host_read_at: 0,
             stuck: false,
+            slow: u32::MAX,
             finished: Clock::default(),
             variables: FxHashMap::default(),
             modules: Vec::new(),

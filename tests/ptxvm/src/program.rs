@@ -224,7 +224,6 @@ pub(crate) enum Op {
         scope: Scope,
     },
     FenceProxy,
-    FenceMbarInit,
     /// Prefetches, discards and cache policies: checked for nothing, without effect.
     Nop,
     Createpolicy {

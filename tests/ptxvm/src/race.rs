@@ -255,6 +255,13 @@ impl Races {
         clock
     }
 
+    /// Raises a clock to what a lane knows, itself included.
+    pub(crate) fn release_into(&self, clock: &mut Clock, warp: u32, lane: usize) {
+        let index = Self::index(warp, lane);
+        clock.join(&self.threads[index].clock);
+        clock.raise(index, self.counters[warp as usize]);
+    }
+
     /// Starts a new interval of a warp, after one of its lanes released.
     pub(crate) fn tick(&mut self, warp: u32) {
         self.counters[warp as usize] += 1;
@@ -274,20 +281,22 @@ impl Races {
         }
         let Some(scope) = scope else { return };
         let thread = &self.threads[Self::index(warp, lane)];
-        let (clock, scope) = if releases {
-            (self.snapshot(warp, lane), scope)
-        } else {
-            match &thread.fenced {
-                Some((clock, fence_scope)) => (clock.clone(), scope.min(*fence_scope)),
-                None => return,
-            }
+        let (fenced, scope) = match &thread.fenced {
+            _ if releases => (None, scope),
+            Some((clock, fence_scope)) => (Some(clock), scope.min(*fence_scope)),
+            None => return,
         };
         let Home { device, block, .. } = self.homes[warp as usize];
         let var = sync.entry(at).or_default();
-        let same = |r: &&mut Release| r.scope == scope && r.device == device && r.block == block;
-        match var.releases.iter_mut().find(same) {
-            Some(r) => r.clock.join(&clock),
-            None => var.releases.push(Release { scope, device, block, clock }),
+        let same = |r: &Release| r.scope == scope && r.device == device && r.block == block;
+        let at = var.releases.iter().position(same).unwrap_or_else(|| {
+            var.releases.push(Release { scope, device, block, clock: Clock::default() });
+            var.releases.len() - 1
+        });
+        let clock = &mut var.releases[at].clock;
+        match fenced {
+            Some(fenced) => clock.join(fenced),
+            None => self.release_into(clock, warp, lane),
         }
         if releases {
             self.tick(warp);

@@ -59,7 +59,14 @@ impl Core {
     /// A ready warp that is awake. When all sleep, time passes or a copy completes.
     fn pick(&mut self) -> Option<usize> {
         let count = self.ready.len();
-        let start = self.rng.below(count);
+        let mut start = self.rng.below(count);
+        // One warp at a time is slow, so that the others run far ahead of it.
+        if self.rng.below(512) == 0 {
+            self.slow = self.ready[start];
+        }
+        if self.ready[start] == self.slow && self.rng.below(16) != 0 {
+            start += 1;
+        }
         for i in 0..count {
             let at = (start + i) % count;
             let awake = |w: &Warp| w.wake_at <= self.time_ns;
@@ -104,6 +111,10 @@ impl Core {
                 break;
             }
             flow = self.step(&mut w, &code);
+            // A new finding is annotated while its block still does what it is about.
+            if self.findings.len() > self.noted {
+                break;
+            }
         }
         w.spun = flow == Flow::Yield;
         let ended = w.alive == 0;

@@ -15,6 +15,8 @@ const ECHO: &str = "L:\nld.acquire.sys.global.u32 %r4, [%rd1];\nsetp.eq.u32 %p1,
 
 #[test]
 fn mailbox() {
+    fn sendable<T: Send>() {}
+    sendable::<Vm>();
     let words: Arc<[AtomicU32; 4]> = Arc::default();
     let module = Module::parse(&kernel(ECHO)).unwrap();
     let shared = words.clone();

@@ -69,7 +69,8 @@ fn fence(ins: &mut Ins) -> Res<Op> {
     if ins.take("mbarrier_init") {
         ins.take("release");
         ins.take("cluster");
-        return Ok(Op::FenceMbarInit);
+        // The engine's own accesses to the object need no fence here, so what remains is this.
+        return Ok(Op::Fence { acquire: false, release: true, scope: Scope::Cluster });
     }
     let kind = ins.take_of(&["sc", "acq_rel", "acquire", "release"]);
     let Some(scope) = ins.scope() else { return ins.err("fence needs a scope") };

@@ -98,10 +98,6 @@ impl Core {
         lane: usize,
     ) -> Result<u64, String> {
         let races = self.races.enabled;
-        let known = match op {
-            Mbar::Arrive { release: true, .. } if races => Some(self.races.snapshot(w.id, lane)),
-            _ => None,
-        };
         let bars = &mut self.memory.regions[region as usize].mbarriers;
         if let Mbar::Init(_) = op {
             let count = x as u32;
@@ -126,11 +122,11 @@ impl Core {
                 bars.remove(&offset);
                 Ok(0)
             }
-            Mbar::Arrive { drop, .. } => {
+            Mbar::Arrive { drop, release, .. } => {
                 self.progress_at = self.steps;
                 let token = bar.phase << TOKEN_SHIFT | bar.pending as u64;
-                if let Some(clock) = known {
-                    bar.arriving.join(&clock);
+                if races && *release {
+                    self.races.release_into(&mut bar.arriving, w.id, lane);
                 }
                 if let Some(tx) = tx {
                     bar.expect(tx as u32)?;

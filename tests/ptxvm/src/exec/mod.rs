@@ -153,7 +153,7 @@ impl Core {
                     self.races.tick(w.id);
                 }
             }
-            Op::FenceProxy | Op::FenceMbarInit => {
+            Op::FenceProxy => {
                 if self.races.enabled {
                     for lane in bits(lanes) {
                         self.races.proxy_fence(w.id, lane);
@@ -436,7 +436,6 @@ impl Op {
                 | Op::Atom { .. }
                 | Op::Fence { .. }
                 | Op::FenceProxy
-                | Op::FenceMbarInit
                 | Op::Nop
                 | Op::Brkpt
                 | Op::Createpolicy { .. }
