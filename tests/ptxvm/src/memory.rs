@@ -96,6 +96,8 @@ pub(crate) struct Region {
     pub(crate) mbarriers: FxHashMap<u64, Mbarrier>,
     /// Names inside the region: offset, length, name.
     pub(crate) names: Vec<(u64, u64, String)>,
+    /// Ranges inside the region that nobody may touch: offset and length.
+    pub(crate) holes: Vec<(u64, u64)>,
 }
 
 impl Region {
@@ -110,6 +112,7 @@ impl Region {
             sync: FxHashMap::default(),
             mbarriers: FxHashMap::default(),
             names: Vec::new(),
+            holes: Vec::new(),
         }
     }
 
@@ -249,6 +252,17 @@ impl Region {
     /// The largest aligned access of at most eight bytes at `addr`.
     fn split(addr: u64, left: usize) -> usize {
         [8, 4, 2].into_iter().find(|&n| left >= n && addr.is_multiple_of(n as u64)).unwrap_or(1)
+    }
+
+    /// Whether a range touches a hole.
+    #[inline]
+    pub(crate) fn in_hole(&self, offset: u64, bytes: u64) -> bool {
+        if self.holes.is_empty() {
+            return false;
+        }
+        // The last hole that starts before the end of the range; holes do not overlap.
+        let at = self.holes.partition_point(|h| h.0 < offset + bytes);
+        at > 0 && self.holes[at - 1].0 + self.holes[at - 1].1 > offset
     }
 
     /// `name+offset` for messages.

@@ -33,7 +33,8 @@ struct Release {
 pub(crate) struct Thread {
     pub(crate) clock: Clock,
     /// What a later relaxed write publishes, because of a fence before it.
-    fenced: Option<(Clock, Scope)>,
+    /// Clock and own counter at the fence, and its scope.
+    fenced: Option<(Clock, u32, Scope)>,
     /// What a later fence acquires, because of relaxed reads before it.
     pending: Vec<Release>,
     /// What the last `fence.proxy.async` of this thread covers.
@@ -283,7 +284,7 @@ impl Races {
         let thread = &self.threads[Self::index(warp, lane)];
         let (fenced, scope) = match &thread.fenced {
             _ if releases => (None, scope),
-            Some((clock, fence_scope)) => (Some(clock), scope.min(*fence_scope)),
+            Some((clock, own, fence_scope)) => (Some((clock, *own)), scope.min(*fence_scope)),
             None => return,
         };
         let Home { device, block, .. } = self.homes[warp as usize];
@@ -295,7 +296,10 @@ impl Races {
         });
         let clock = &mut var.releases[at].clock;
         match fenced {
-            Some(fenced) => clock.join(fenced),
+            Some((fenced, own)) => {
+                clock.join(fenced);
+                clock.raise(Self::index(warp, lane), own);
+            }
             None => self.release_into(clock, warp, lane),
         }
         if releases {
@@ -313,11 +317,28 @@ impl Races {
         inside(release.scope) && inside(scope)
     }
 
-    /// A strong read saw `var`.
+    /// Lanes come to know what a clock holds.
+    pub(crate) fn learn(&mut self, warp: u32, lanes: u32, clock: &Clock) {
+        // Lanes that shared a clock go on sharing one.
+        let mut last: Option<(Clock, Clock)> = None;
+        for lane in bits(lanes) {
+            let mine = &mut self.threads[Self::index(warp, lane)].clock;
+            match &last {
+                Some((before, after)) if before.same(mine) => mine.clone_from(after),
+                _ => {
+                    let before = mine.clone();
+                    mine.join(clock);
+                    last = Some((before, mine.clone()));
+                }
+            }
+        }
+    }
+
+    /// Strong reads of some lanes saw `var`.
     pub(crate) fn observe(
         &mut self,
         var: Option<&SyncVar>,
-        (warp, lane): (u32, usize),
+        (warp, lanes): (u32, u32),
         scope: Scope,
         acquires: bool,
     ) {
@@ -326,19 +347,27 @@ impl Races {
             if !self.matches(release, warp, scope) {
                 continue;
             }
-            let thread = &mut self.threads[Self::index(warp, lane)];
             if acquires {
-                thread.clock.join(&release.clock);
-            } else if !thread.pending.iter().any(|r| r.clock.same(&release.clock)) {
-                // What a fence takes over depends on the narrower of the two scopes; the read's
-                // is checked above.
-                let newer =
-                    |r: &mut Release| r.block == release.block && release.clock.covers(&r.clock);
-                match thread.pending.iter_mut().find_map(|r| newer(r).then_some(r)) {
-                    Some(r) => *r = release.clone(),
-                    None => thread.pending.push(release.clone()),
+                self.learn(warp, lanes, &release.clock);
+            } else {
+                for lane in bits(lanes) {
+                    self.remember(warp, lane, release);
                 }
             }
+        }
+    }
+
+    /// Keeps a release for a later fence. What that takes over depends on the narrower of two
+    /// scopes; the read's is checked already.
+    fn remember(&mut self, warp: u32, lane: usize, release: &Release) {
+        let thread = &mut self.threads[Self::index(warp, lane)];
+        if thread.pending.iter().any(|r| r.clock.same(&release.clock)) {
+            return;
+        }
+        let older = |r: &Release| r.block == release.block && release.clock.covers(&r.clock);
+        match thread.pending.iter().position(older) {
+            Some(at) => thread.pending[at] = release.clone(),
+            None => thread.pending.push(release.clone()),
         }
     }
 
@@ -360,8 +389,8 @@ impl Races {
             }
         }
         if release {
-            let clock = self.snapshot(warp, lane);
-            self.threads[index].fenced = Some((clock, scope));
+            let clock = self.threads[index].clock.clone();
+            self.threads[index].fenced = Some((clock, self.counters[warp as usize], scope));
         }
     }
 
@@ -393,10 +422,9 @@ impl Races {
 
     /// `fence.proxy.async` of one lane. The caller ticks the warp once afterwards.
     pub(crate) fn proxy_fence(&mut self, warp: u32, lane: usize) {
-        let clock = self.snapshot(warp, lane);
         let counter = self.counters[warp as usize];
         let thread = self.thread(warp, lane);
-        thread.proxied = clock;
+        thread.proxied.clone_from(&thread.clock);
         thread.proxied_own = counter;
     }
 }

@@ -217,6 +217,23 @@ impl Vm {
         self.write(addr, &vec![byte; len as usize])
     }
 
+    /// Names a part of an allocation, for findings.
+    pub fn name_range(&mut self, addr: u64, len: u64, name: &str) -> Result<(), VmError> {
+        let (region, offset) = self.range(addr, len)?;
+        self.core.memory.regions[region].names.push((offset, len, name.into()));
+        Ok(())
+    }
+
+    /// Forbids a part of an allocation to kernels: the gaps between the buffers of a heap, so that
+    /// running off one buffer into the next is noticed.
+    pub fn forbid(&mut self, addr: u64, len: u64) -> Result<(), VmError> {
+        let (region, offset) = self.range(addr, len)?;
+        let holes = &mut self.core.memory.regions[region].holes;
+        let at = holes.partition_point(|h| h.0 < offset);
+        holes.insert(at, (offset, len));
+        Ok(())
+    }
+
     /// The address of a module variable on a device, once a kernel of the module was launched.
     pub fn variable(&self, device: DeviceId, module: &Module, name: &str) -> Option<u64> {
         let id = module.code.symbols.iter().position(|s| s.name == name)? as u32;

@@ -62,6 +62,29 @@ fn devices_race_on_host_memory_too() {
 }
 
 #[test]
+fn parts_of_a_heap() {
+    let module = Module::parse(&kernel(
+        "st.global.u32 [%rd1+12], 1;\nst.global.v2.u32 [%rd1+24], \
+                                        {%r1, %r1};\nld.global.u32 %r4, [%rd1+40];",
+    ));
+    let module = module.unwrap();
+    let mut vm = Vm::new(VmConfig::default());
+    let gpu = vm.add_device("gpu0");
+    let heap = vm.alloc(gpu, "heap", 64, 64);
+    vm.name_range(heap + 32, 16, "queue").unwrap();
+    vm.forbid(heap + 28, 4).unwrap();
+    vm.forbid(heap + 16, 8).unwrap();
+    vm.launch(gpu, &module, "k", 1, 1, 16, &[Arg::U64(heap), Arg::U64(0)]).unwrap();
+    assert_eq!(vm.run(u64::MAX), RunState::Finished);
+    let found: Vec<_> = vm.findings().iter().map(|f| (f.kind, f.place.as_deref())).collect();
+    let want = [
+        (FindingKind::OutOfBounds, Some("heap+0x18")),
+        (FindingKind::UninitialisedMemory, Some("queue+0x8")),
+    ];
+    assert_eq!(found, want);
+}
+
+#[test]
 fn refused_launches_and_accesses() {
     let module = Module::parse(&kernel("")).unwrap();
     let mut vm = Vm::new(VmConfig::default());

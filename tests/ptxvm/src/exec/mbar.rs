@@ -33,8 +33,14 @@ impl Core {
         let tx = tx.map(|s| self.src(w, code, s, lanes));
         let mut out: Lanes = [0; 32];
         let mut failed = false;
+        let acquires = matches!(op, Mbar::Test { acquire: true, .. }) && self.races.enabled;
+        let (mut learned, mut object) = (0u32, None);
         for lane in bits(lanes) {
             let Some(at) = self.mbarrier_place(w, *space, addrs[lane], lane) else { continue };
+            if learned != 0 && object != Some(at) {
+                self.learn_phase(w, object, std::mem::take(&mut learned));
+            }
+            object = Some(at);
             let write = !matches!(op, Mbar::Test { .. });
             let strong = !matches!(op, Mbar::Init(_) | Mbar::Inval);
             self.touch_mbarrier(w, at, (write, strong), lane);
@@ -45,14 +51,26 @@ impl Core {
                     self.report_place(FindingKind::Mbarrier, w, 1 << lane, at, message);
                 }
             }
+            learned |= u32::from(acquires && out[lane] == 1) << lane;
             failed |= matches!(op, Mbar::Test { .. }) && out[lane] == 0;
         }
+        self.learn_phase(w, object, learned);
         if self.races.enabled && matches!(op, Mbar::Arrive { .. }) {
             self.races.tick(w.id);
         }
         w.write(*d, lanes, &out);
         w.advance();
         if failed { Flow::Yield } else { Flow::On }
+    }
+
+    /// Lanes acquire what the completed phases of an object were given.
+    fn learn_phase(&mut self, w: &Warp, object: Option<(u32, u64)>, lanes: u32) {
+        if lanes != 0
+            && let Some((region, offset)) = object
+            && let Some(bar) = self.memory.regions[region as usize].mbarriers.get(&offset)
+        {
+            self.races.learn(w.id, lanes, &bar.completed);
+        }
     }
 
     pub(super) fn mbarrier_place(
@@ -142,13 +160,9 @@ impl Core {
                 self.progress_at = self.steps;
                 bar.complete(x as u32).map(|_| 0)
             }
-            Mbar::Test { parity, acquire, .. } => {
+            Mbar::Test { parity, .. } => {
                 let over =
                     if *parity { bar.phase & 1 != x & 1 } else { bar.phase > x >> TOKEN_SHIFT };
-                if over && *acquire && races {
-                    let clock = bar.completed.clone();
-                    self.races.thread(w.id, lane).clock.join(&clock);
-                }
                 Ok(over.into())
             }
             Mbar::Init(_) | Mbar::PendingCount(_) => Ok(0),

@@ -86,6 +86,12 @@ impl Core {
         match space {
             Space::Global | Space::Const | Space::Generic => {
                 if let Some((region, offset)) = self.memory.find(addr, bytes.into()) {
+                    if self.memory.regions[region as usize].in_hole(offset, bytes.into()) {
+                        let message = format!("{bytes} bytes at {addr:#x}: in a forbidden range");
+                        let at = (region, offset);
+                        self.report_place(FindingKind::OutOfBounds, w, 1 << lane, at, message);
+                        return None;
+                    }
                     return Some(Place::Region(region, offset));
                 }
                 let near = self.memory.nearest(addr);
@@ -252,9 +258,7 @@ impl Core {
         self.check_race(w, (region, offset, total), lanes, kind);
         if let Some(scope) = strong_scope(acc) {
             let var = self.memory.regions[region as usize].sync.get(&offset);
-            for lane in bits(lanes) {
-                self.races.observe(var, (w.id, lane), scope, acc.order.acquires());
-            }
+            self.races.observe(var, (w.id, lanes), scope, acc.order.acquires());
         }
     }
 
@@ -452,7 +456,7 @@ impl Core {
         self.check_race(w, (region, offset, size), 1 << lane, kind);
         if reads {
             let var = self.memory.regions[region as usize].sync.get(&offset);
-            self.races.observe(var, (w.id, lane), acc.scope, acc.order.acquires());
+            self.races.observe(var, (w.id, 1 << lane), acc.scope, acc.order.acquires());
         }
     }
 }
