@@ -93,6 +93,7 @@ impl Races {
         self.homes.len() as u32 - 1
     }
 
+    #[inline]
     fn index(warp: u32, lane: usize) -> usize {
         warp as usize * 32 + lane
     }
@@ -101,6 +102,7 @@ impl Races {
         &mut self.threads[Self::index(warp, lane)]
     }
 
+    #[inline]
     fn inside(&self, scope: Scope, a: u32, b: u32) -> bool {
         let (a, b) = (&self.homes[a as usize], &self.homes[b as usize]);
         match scope {
@@ -110,11 +112,13 @@ impl Races {
         }
     }
 
+    #[inline]
     fn known(clock: &Clock, record: Record, lanes: u32) -> bool {
         let base = record.warp as usize * 32;
         bits(lanes).all(|lane| clock.get(base + lane) >= record.clock)
     }
 
+    #[inline]
     fn ordered(&self, record: Record, who: Who) -> bool {
         if let Some(clock) = who.clock {
             let mut lanes = record.lanes;
@@ -144,6 +148,7 @@ impl Races {
     }
 
     /// Both strong, each inside the other's scope, of the same size.
+    #[inline]
     fn morally_strong(&self, a: Record, b: Record) -> bool {
         let (Some(x), Some(y)) = (a.scope(), b.scope()) else { return false };
         a.same_size(b) && self.inside(x, a.warp, b.warp) && self.inside(y, a.warp, b.warp)
@@ -183,6 +188,7 @@ impl Races {
         conflict
     }
 
+    #[inline]
     fn touch(
         &self,
         cell: &mut Cell,
@@ -190,6 +196,13 @@ impl Races {
         who: Who,
         issuer: Option<&Thread>,
     ) -> Option<(Record, bool)> {
+        if !new.is_write() {
+            let repeated = cell.near.iter().any(|r| new.repeats(*r))
+                || cell.more.as_ref().is_some_and(|m| m.iter().any(|r| new.repeats(*r)));
+            if repeated {
+                return None;
+            }
+        }
         let mut conflict = None;
         // True when the new record stands for the old one as well.
         let mut stale = |old: &mut Record| {
@@ -223,6 +236,7 @@ impl Races {
         conflict
     }
 
+    #[inline]
     fn insert(&self, cell: &mut Cell, new: Record, who: Who) {
         for slot in cell.near.iter_mut().chain(cell.more.iter_mut().flat_map(|m| m.iter_mut())) {
             if slot.joins(new) {

@@ -21,6 +21,7 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    #[inline]
     pub(crate) fn new(warp: u32, clock: u32, lanes: u32, kind: Kind, pc: u32) -> Record {
         let scope = match kind.strength {
             Strength::Weak => 0,
@@ -34,46 +35,67 @@ impl Record {
         Record { warp, clock, lanes, meta }
     }
 
+    #[inline]
     pub(crate) fn with_bytes(self, bytes: u32) -> Record {
         Record { meta: self.meta & !15 | bytes, ..self }
     }
 
+    #[inline]
     pub(crate) fn bytes(self) -> u32 {
         self.meta & 15
     }
 
+    #[inline]
     pub(crate) fn is_write(self) -> bool {
         self.meta >> 4 & 1 == 1
     }
 
+    #[inline]
     pub(crate) fn is_weak(self) -> bool {
         self.meta >> 5 & 7 == 0
     }
 
+    #[inline]
     pub(crate) fn scope(self) -> Option<Scope> {
         [None, Some(Scope::Cta), Some(Scope::Cluster), Some(Scope::Gpu), Some(Scope::Sys)]
             [(self.meta >> 5 & 7) as usize]
     }
 
+    #[inline]
     pub(crate) fn is_async(self) -> bool {
         self.meta >> 11 & 1 == 1
     }
 
     /// Whether there is a record at all.
+    #[inline]
     pub(crate) fn is_some(self) -> bool {
         self.meta != 0
     }
 
     /// Of the same kind, by the same warp in the same interval.
+    #[inline]
     pub(crate) fn joins(self, new: Record) -> bool {
         (self.meta, self.warp, self.clock) == (new.meta, new.warp, new.clock)
     }
 
+    /// Whether this read makes another by the same lanes in the same interval redundant. Between
+    /// them lies no write that this one was not checked against: a plain write would have
+    /// replaced this record, and a strong one that is unordered with it was reported.
+    #[inline]
+    pub(crate) fn repeats(self, old: Record) -> bool {
+        (self.warp, self.clock) == (old.warp, old.clock)
+            && self.lanes & !old.lanes == 0
+            && self.bytes() & !old.bytes() == 0
+            && (self.meta ^ old.meta) & 0xff0 == 0
+    }
+
     /// Of the same size and number of bytes each.
+    #[inline]
     pub(crate) fn same_size(self, other: Record) -> bool {
         self.meta >> 8 & 7 == other.meta >> 8 & 7
     }
 
+    #[inline]
     pub(crate) fn pc(self) -> u32 {
         self.meta >> 12
     }
@@ -119,6 +141,7 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
+    #[inline]
     pub(crate) fn cell(&mut self, word: u64) -> &mut Cell {
         let (page, slot) = (word as usize / PAGE_CELLS, word as usize % PAGE_CELLS);
         if self.pages.len() <= page {
