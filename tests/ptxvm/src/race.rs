@@ -197,11 +197,7 @@ impl Races {
         issuer: Option<&Thread>,
     ) -> Option<(Record, bool)> {
         if !new.is_write() {
-            let repeated = cell.near.iter().any(|r| new.repeats(*r))
-                || cell.more.as_ref().is_some_and(|m| m.iter().any(|r| new.repeats(*r)));
-            if repeated {
-                return None;
-            }
+            return self.touch_read(cell, new, who, issuer);
         }
         let mut conflict = None;
         // True when the new record stands for the old one as well.
@@ -209,20 +205,8 @@ impl Races {
             if old.bytes() & new.bytes() == 0 {
                 return false;
             }
-            let covered = old.bytes() & !new.bytes() == 0 && (new.is_weak() || !old.is_weak());
-            if !old.is_write() && !new.is_write() {
-                return covered && old.warp == new.warp && old.lanes & !new.lanes == 0;
-            }
-            if !self.ordered(*old, who) && !self.morally_strong(*old, new) {
-                conflict = conflict.or(Some((*old, false)));
-            } else if let Some(issuer) = issuer
-                && old.is_write()
-                && !old.is_async()
-                && !self.proxied(*old, issuer)
-            {
-                conflict = conflict.or(Some((*old, true)));
-            }
-            covered && new.is_write()
+            conflict = conflict.or_else(|| self.conflict(*old, new, who, issuer));
+            new.stands_for(*old)
         };
         if let Some(more) = &mut cell.more {
             more.retain_mut(|r| !stale(r));
@@ -233,6 +217,57 @@ impl Races {
             }
         }
         self.insert(cell, new, who);
+        conflict
+    }
+
+    /// Whether an old access and a new one, one of them a write, are a race, or (true) one of proxies.
+    #[inline]
+    fn conflict(
+        &self,
+        old: Record,
+        new: Record,
+        who: Who,
+        issuer: Option<&Thread>,
+    ) -> Option<(Record, bool)> {
+        if !self.ordered(old, who) && !self.morally_strong(old, new) {
+            return Some((old, false));
+        }
+        let plain_write = old.is_write() && !old.is_async();
+        let unfenced = issuer.is_some_and(|i| plain_write && !self.proxied(old, i));
+        unfenced.then_some((old, true))
+    }
+
+    /// One pass for reads, which are most accesses: other warps' reads are only passed over.
+    fn touch_read(
+        &self,
+        cell: &mut Cell,
+        new: Record,
+        who: Who,
+        issuer: Option<&Thread>,
+    ) -> Option<(Record, bool)> {
+        let mut conflict = None;
+        let mut placed = false;
+        for old in cell.near.iter_mut().chain(cell.more.iter_mut().flat_map(|m| m.iter_mut())) {
+            if old.is_write() {
+                if conflict.is_none() && old.bytes() & new.bytes() != 0 {
+                    conflict = self.conflict(*old, new, who, issuer);
+                }
+            } else if old.warp == new.warp && old.is_some() {
+                if new.repeats(*old) {
+                    return None;
+                }
+                if !placed && old.joins(new) {
+                    old.lanes |= new.lanes;
+                    placed = true;
+                } else if old.lanes & !new.lanes == 0 && new.stands_for(*old) {
+                    *old = if placed { Record::default() } else { new };
+                    placed = true;
+                }
+            }
+        }
+        if !placed {
+            self.insert(cell, new, who);
+        }
         conflict
     }
 
@@ -253,7 +288,8 @@ impl Races {
         // this access comes after them.
         if more.len() >= 16 && more.len().is_power_of_two() {
             more.retain(|r| {
-                r.is_write() || r.bytes() & !new.bytes() != 0 || !self.ordered(*r, who)
+                let kept = r.is_write() || r.bytes() & !new.bytes() != 0 || !self.ordered(*r, who);
+                r.is_some() && kept
             });
         }
         if more.len() >= CELL_MAX {

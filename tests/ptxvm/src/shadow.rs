@@ -78,9 +78,16 @@ impl Record {
         (self.meta, self.warp, self.clock) == (new.meta, new.warp, new.clock)
     }
 
-    /// Whether this read makes another by the same lanes in the same interval redundant. Between
-    /// them lies no write that this one was not checked against: a plain write would have
-    /// replaced this record, and a strong one that is unordered with it was reported.
+    /// Whether an old access need not be kept beside this one, if it is ordered before it: it is
+    /// covered, and not weak where this one is strong, which races with less.
+    #[inline]
+    pub(crate) fn stands_for(self, old: Record) -> bool {
+        old.bytes() & !self.bytes() == 0 && (self.is_weak() || !old.is_weak())
+    }
+
+    /// Whether this read adds nothing to an old one, by the same lanes in the same interval.
+    /// Between them lies no write to be checked: a plain one would have replaced the old record,
+    /// and a strong one was checked against it.
     #[inline]
     pub(crate) fn repeats(self, old: Record) -> bool {
         (self.warp, self.clock) == (old.warp, old.clock)
