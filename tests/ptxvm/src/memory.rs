@@ -98,6 +98,8 @@ pub(crate) struct Region {
     pub(crate) names: Vec<(u64, u64, String)>,
     /// Ranges inside the region that nobody may touch: offset and length.
     pub(crate) holes: Vec<(u64, u64)>,
+    /// Ranges that only the host writes.
+    pub(crate) locked: Vec<(u64, u64)>,
 }
 
 impl Region {
@@ -113,6 +115,7 @@ impl Region {
             mbarriers: FxHashMap::default(),
             names: Vec::new(),
             holes: Vec::new(),
+            locked: Vec::new(),
         }
     }
 
@@ -257,12 +260,13 @@ impl Region {
     /// Whether a range touches a hole.
     #[inline]
     pub(crate) fn in_hole(&self, offset: u64, bytes: u64) -> bool {
-        if self.holes.is_empty() {
-            return false;
-        }
-        // The last hole that starts before the end of the range; holes do not overlap.
-        let at = self.holes.partition_point(|h| h.0 < offset + bytes);
-        at > 0 && self.holes[at - 1].0 + self.holes[at - 1].1 > offset
+        touches(&self.holes, offset, bytes)
+    }
+
+    /// Whether a range touches memory that only the host writes.
+    #[inline]
+    pub(crate) fn is_locked(&self, offset: u64, bytes: u64) -> bool {
+        touches(&self.locked, offset, bytes)
     }
 
     /// `name+offset` for messages.
@@ -273,6 +277,16 @@ impl Region {
             None => format!("{}+{offset:#x}", self.name),
         }
     }
+}
+
+/// Whether a range touches one of a sorted list of ranges that do not overlap.
+#[inline]
+fn touches(list: &[(u64, u64)], offset: u64, bytes: u64) -> bool {
+    if list.is_empty() {
+        return false;
+    }
+    let at = list.partition_point(|h| h.0 < offset + bytes);
+    at > 0 && list[at - 1].0 + list[at - 1].1 > offset
 }
 
 /// All regions. Global ones are found by address, shared ones by number.

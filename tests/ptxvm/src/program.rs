@@ -79,6 +79,8 @@ pub(crate) struct Access {
     pub(crate) space: Space,
     pub(crate) order: Order,
     pub(crate) scope: Scope,
+    /// Through the non-coherent cache.
+    pub(crate) nc: bool,
 }
 
 /// How `shfl` picks the source lane.

@@ -13,6 +13,26 @@ const BURSTS: [usize; 4] = [4, 16, 64, 256];
 /// One in so many scheduling decisions completes a copy.
 const COPY_ODDS: [usize; 4] = [2, 4, 8, 32];
 
+/// Warps that a report of a hang lists for one place.
+const WAITERS_SHOWN: usize = 16;
+
+/// The places where a warp's lanes are: pc, lanes, and why they do not run.
+fn waiting_lanes(w: &Warp) -> Vec<(u32, u32, Parked)> {
+    let mut places: Vec<(u32, u32, Parked)> = Vec::new();
+    for lane in bits(w.alive) {
+        let parked = w.parked[lane];
+        let running = w.active >> lane & 1 == 1;
+        let pc = if running { w.pc } else { w.pcs[lane] };
+        // Lanes in a barrier go on behind it.
+        let pc = if matches!(parked, Parked::Barrier(_)) { pc - 1 } else { pc };
+        match places.iter_mut().find(|p| p.0 == pc && p.2 == parked) {
+            Some(place) => place.1 |= 1 << lane,
+            None => places.push((pc, 1 << lane, parked)),
+        }
+    }
+    places
+}
+
 impl Core {
     /// Runs one warp for a while, or completes a copy. `Some` when `run` should return.
     pub(crate) fn burst(&mut self, end: u64) -> Option<RunState> {
@@ -152,36 +172,39 @@ impl Core {
         self.progress();
     }
 
-    /// Says of every waiting warp where it waits.
+    /// Says of every waiting warp where it waits: one finding for each place.
     fn report_waiting(&mut self, why: &str) {
-        let warps = std::mem::take(&mut self.warps);
-        for w in warps.iter().flatten() {
-            let mut places: Vec<(u32, u32, Parked)> = Vec::new();
-            for lane in bits(w.alive) {
-                let parked = w.parked[lane];
-                let running = w.active >> lane & 1 == 1;
-                let pc = if running { w.pc } else { w.pcs[lane] };
-                // Lanes in a barrier go on behind it.
-                let pc = if matches!(parked, Parked::Barrier(_)) { pc - 1 } else { pc };
-                match places.iter_mut().find(|p| p.0 == pc && p.2 == parked) {
-                    Some(place) => place.1 |= 1 << lane,
-                    None => places.push((pc, 1 << lane, parked)),
+        // Launch, pc, how, the first to wait there, and all of them in words.
+        let mut places: Vec<(u32, u32, Parked, [u32; 3], Vec<String>)> = Vec::new();
+        for w in self.warps.iter().flatten() {
+            for (pc, lanes, parked) in waiting_lanes(w) {
+                let block = self.blocks[w.block as usize].index;
+                let who = format!("block {block} warp {} lanes {lanes:#x}", w.index);
+                let same =
+                    |p: &&mut (u32, u32, Parked, _, _)| (p.0, p.1, p.2) == (w.launch, pc, parked);
+                match places.iter_mut().find(same) {
+                    Some(place) => place.4.push(who),
+                    None => {
+                        let first = [w.block, w.index, lanes.trailing_zeros()];
+                        places.push((w.launch, pc, parked, first, vec![who]));
+                    }
                 }
             }
-            for (pc, lanes, parked) in places {
-                let (kind, what) = match parked {
-                    Parked::Barrier(id) => (FindingKind::Barrier, format!("in barrier {id}")),
-                    Parked::Warp => {
-                        (FindingKind::WarpSync, "for the other lanes of the warp".into())
-                    }
-                    Parked::No => (FindingKind::NoProgress, "in a loop".into()),
-                };
-                let message = format!("{why}: lanes {lanes:#010x} wait {what}");
-                let at = (w.block, w.index, lanes.trailing_zeros(), pc);
-                self.report(kind, at, None, message);
-            }
         }
-        self.warps = warps;
+        for (_, pc, parked, [block, warp, lane], all) in places {
+            let (kind, what) = match parked {
+                Parked::Barrier(id) => (FindingKind::Barrier, format!("in barrier {id}")),
+                Parked::Warp => (FindingKind::WarpSync, "for other lanes of the warp".into()),
+                Parked::No => (FindingKind::NoProgress, "in a loop".into()),
+            };
+            let shown = all[..all.len().min(WAITERS_SHOWN)].join(", ");
+            let more = match all.len().saturating_sub(WAITERS_SHOWN) {
+                0 => String::new(),
+                n => format!(" and {n} more warps"),
+            };
+            let message = format!("{why}: these wait {what}: {shown}{more}");
+            self.report(kind, (block, warp, lane, pc), None, message);
+        }
     }
 
     /// Reports blocks that have not ended.

@@ -159,6 +159,16 @@ impl Shadow {
         &mut cells[slot]
     }
 
+    /// A write that is remembered for a range.
+    pub(crate) fn write_in(&self, offset: u64, len: u64) -> Option<Record> {
+        (offset / 4..(offset + len).div_ceil(4)).find_map(|word| {
+            let page = self.pages.get(word as usize / PAGE_CELLS)?.as_ref()?;
+            let cell = &page[word as usize % PAGE_CELLS];
+            let more = cell.more.iter().flat_map(|m| m.iter());
+            cell.near.iter().chain(more).find(|r| r.is_some() && r.is_write()).copied()
+        })
+    }
+
     /// Forgets everything about a range: the host wrote it while nothing ran.
     pub(crate) fn clear(&mut self, offset: u64, len: u64) {
         for word in offset / 4..(offset + len).div_ceil(4) {

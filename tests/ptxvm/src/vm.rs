@@ -234,6 +234,16 @@ impl Vm {
         Ok(())
     }
 
+    /// Declares that only the host writes a range, such as weights: a kernel's write there is
+    /// reported, and its reads cost less.
+    pub fn set_read_only(&mut self, addr: u64, len: u64) -> Result<(), VmError> {
+        let (region, offset) = self.range(addr, len)?;
+        let locked = &mut self.core.memory.regions[region].locked;
+        let at = locked.partition_point(|h| h.0 < offset);
+        locked.insert(at, (offset, len));
+        Ok(())
+    }
+
     /// The address of a module variable on a device, once a kernel of the module was launched.
     pub fn variable(&self, device: DeviceId, module: &Module, name: &str) -> Option<u64> {
         let id = module.code.symbols.iter().position(|s| s.name == name)? as u32;

@@ -160,7 +160,10 @@ fn barriers() {
         |count: u32| format!("setp.ge.u32 %p1, %r1, 64;\n@%p1 ret;\nbar.sync 1, {count};");
     clean(&two_of_three(64), 1, 96);
     let f = planted(&two_of_three(96), 1, 96, kind, "bar.sync");
-    assert!(f.message.contains("wait in barrier 1"), "{f}");
+    assert!(
+        f.message.contains("wait in barrier 1: block 0 warp 0 lanes 0xffffffff, block 0 warp 1"),
+        "{f}"
+    );
     let early = "setp.ge.u32 %p1, %r1, 32;\n@%p1 ret;\nbar.sync 0;";
     planted(early, 1, 64, kind, "bar.sync");
     let counts = "setp.ge.u32 %p1, %r1, 32;\nselp.u32 %r4, 64, 96, %p1;\nbar.sync 1, %r4;";

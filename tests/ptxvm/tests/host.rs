@@ -85,6 +85,30 @@ fn parts_of_a_heap() {
 }
 
 #[test]
+fn read_only_memory() {
+    let bad = FindingKind::BadAccess;
+    let run = |body: &str| {
+        let module = Module::parse(&kernel(body)).unwrap();
+        let mut vm = Vm::new(VmConfig::default());
+        let gpu = vm.add_device("gpu0");
+        let (p, q) = (vm.alloc(gpu, "weights", 256, 64), vm.alloc(gpu, "q", 256, 64));
+        vm.fill(p, 1, 256).unwrap();
+        vm.set_read_only(p, 256).unwrap();
+        vm.launch(gpu, &module, "k", 2, 32, 16, &[Arg::U64(p), Arg::U64(q)]).unwrap();
+        assert_eq!(vm.run(u64::MAX), RunState::Finished);
+        vm.findings().iter().map(|f| (f.kind, f.line)).collect::<Vec<_>>()
+    };
+    assert_eq!(run("ld.global.u32 %r4, [%rd1];\nld.global.nc.u32 %r4, [%rd1+4];"), []);
+    assert_eq!(run("st.global.u32 [%rd1], 1;")[0].0, bad);
+    assert_eq!(run("red.global.add.u32 [%rd1], 1;")[0].0, bad);
+    // Its own write, ordered before it, but the cache need not see it.
+    let own = "mad.wide.u32 %rd3, %r2, 128, %rd2;\nmad.wide.u32 %rd3, %r1, 4, %rd3;\n\
+               st.global.u32 [%rd3], 1;\nld.global.CACHE.u32 %r4, [%rd3];";
+    assert_eq!(run(&own.replace("CACHE.", "")), []);
+    assert_eq!(run(&own.replace("CACHE", "nc"))[0].0, bad);
+}
+
+#[test]
 fn refused_launches_and_accesses() {
     let module = Module::parse(&kernel("")).unwrap();
     let mut vm = Vm::new(VmConfig::default());

@@ -118,6 +118,10 @@ proptest! {
             let half = |i: u32| ((x >> i) as i16).max((y >> i) as i16) as u16;
             u64::from(half(0)) | u64::from(half(16)) << 16
         });
+        agree("add.u16x2 D, A, B;", W32, &cases, |x, y, _| {
+            let half = |i: u32| ((x >> i) as u16).wrapping_add((y >> i) as u16);
+            u64::from(half(0)) | u64::from(half(16)) << 16
+        });
         agree("abs.s32 D, A;", W32, &cases, |x, _, _| u(s(x).abs()));
         agree("cnot.b32 D, A;", W32, &cases, |x, _, _| u64::from(x == 0));
         agree("slct.u32.s32 D, A, B, C;", W32, &cases, |x, y, z| if s(z) >= 0 { x } else { y });

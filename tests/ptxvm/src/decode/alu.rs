@@ -55,6 +55,10 @@ fn arithmetic(ins: &mut Ins) -> Res<Op> {
     let part = ins.take_of(&["lo", "hi", "wide"]);
     let carry_out = ins.take("cc");
     let carry_in = name.ends_with('c');
+    if name == "add" && packed(ins) {
+        let par = ins.par()?;
+        return simple(ins, par, int::add_halves, 2);
+    }
     let par = ins.par()?;
     if carry_in || carry_out {
         let mad = name.starts_with("mad").then_some(part == Some(1));
@@ -134,14 +138,20 @@ fn division(ins: &mut Ins) -> Res<Op> {
     simple(ins, par, f, n)
 }
 
-fn extremes(ins: &mut Ins) -> Res<Op> {
-    let name = ins.name.clone();
-    let packed = ins.take_of(&["u16x2", "s16x2"]);
-    if let Some(kind) = packed {
+/// Replaces a packed 16-bit integer type by the 32-bit type of the same sign.
+fn packed(ins: &mut Ins) -> bool {
+    let kind = ins.take_of(&["u16x2", "s16x2"]);
+    if let Some(kind) = kind {
         ins.mods.push(if kind == 0 { "u32" } else { "s32" }.into());
     }
+    kind.is_some()
+}
+
+fn extremes(ins: &mut Ins) -> Res<Op> {
+    let name = ins.name.clone();
+    let packed = packed(ins);
     let mut par = ins.par()?;
-    par.sel = u32::from(packed.is_some());
+    par.sel = u32::from(packed);
     let three = ins.ops.len() == 4;
     let float = par.ty.float();
     match (name.as_str(), float) {

@@ -99,7 +99,7 @@ fn access(ins: &mut Ins) -> Res<(Access, bool)> {
         return ins.err("an .mmio access is .relaxed.sys");
     }
     let scope = if volatile { Scope::Sys } else { scope.unwrap_or(Scope::Cta) };
-    Ok((Access { ty: Ty::B32, space, order, scope }, hinted))
+    Ok((Access { ty: Ty::B32, space, order, scope, nc: false }, hinted))
 }
 
 fn vector(ins: &mut Ins) -> usize {
@@ -107,8 +107,9 @@ fn vector(ins: &mut Ins) -> usize {
 }
 
 fn load(ins: &mut Ins) -> Res<Op> {
-    ins.take("nc");
+    let nc = ins.take("nc");
     let (mut acc, hinted) = access(ins)?;
+    acc.nc = nc;
     if acc.order.releases() || acc.order == Order::AcqRel {
         return ins.err("a load cannot release");
     }

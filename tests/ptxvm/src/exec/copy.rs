@@ -122,6 +122,9 @@ impl Core {
         let (Some(Place::Region(dr, d)), Some(Place::Region(sr, s))) = (dst, src) else {
             return None;
         };
+        if self.refuse_write(w, (dr, d), bytes, lane) {
+            return None;
+        }
         let known = self.races.thread(w.id, lane).clone();
         let counter = self.races.counters[w.id as usize];
         let (dst, src) = ((dr, d), (sr, s));
@@ -409,6 +412,11 @@ impl Core {
         for (write, (region, offset), len) in
             [(false, piece.src, piece.take), (true, piece.dst, piece.bytes)]
         {
+            let locked = self.memory.regions[region as usize].is_locked(offset, len.into());
+            if locked {
+                // Only the host writes here, and a write by a copy was refused when it was issued.
+                continue;
+            }
             let strength = Strength::Weak;
             let kind = Kind { write, strength, bytes: 16, asynchronous: proxy };
             let record = Record::new(agent.0, agent.2, 1 << agent.1, kind, copy.pc);

@@ -1,6 +1,7 @@
 //! Executes instructions for the running lanes of a warp.
 
 pub(crate) mod barrier;
+mod check;
 pub(crate) mod copy;
 mod data;
 mod mbar;

@@ -9,7 +9,7 @@ use crate::types::{Order, Scope, Space, Ty, mask};
 use crate::warp::{Lanes, Parked, Warp};
 
 const MATRIX: Access =
-    Access { ty: Ty::B32, space: Space::Shared, order: Order::Weak, scope: Scope::Cta };
+    Access { ty: Ty::B32, space: Space::Shared, order: Order::Weak, scope: Scope::Cta, nc: false };
 
 impl Core {
     /// Makes the running lanes wait for the rest of their warp.

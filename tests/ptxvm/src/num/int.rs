@@ -141,6 +141,10 @@ pub(crate) fn max(p: &Par, a: u64, b: u64, _: u64) -> u64 {
     relu(p, val(p.ty, a).max(val(p.ty, b))) as u64
 }
 
+pub(crate) fn add_halves(p: &Par, a: u64, b: u64, _: u64) -> u64 {
+    halves(p, a, b, |x, y| x + y)
+}
+
 pub(crate) fn and(_: &Par, a: u64, b: u64, _: u64) -> u64 {
     a & b
 }
