@@ -16,6 +16,13 @@ const COPY_ODDS: [usize; 4] = [2, 4, 8, 32];
 /// Warps that a report of a hang lists for one place.
 const WAITERS_SHOWN: usize = 16;
 
+/// A place where warps wait: launch, pc and how; the first of them; all in words.
+struct Waiting {
+    key: (u32, u32, Parked),
+    first: (u32, u32, u32, u32),
+    all: Vec<String>,
+}
+
 /// The places where a warp's lanes are: pc, lanes, and why they do not run.
 fn waiting_lanes(w: &Warp) -> Vec<(u32, u32, Parked)> {
     let mut places: Vec<(u32, u32, Parked)> = Vec::new();
@@ -174,24 +181,22 @@ impl Core {
 
     /// Says of every waiting warp where it waits: one finding for each place.
     fn report_waiting(&mut self, why: &str) {
-        // Launch, pc, how, the first to wait there, and all of them in words.
-        let mut places: Vec<(u32, u32, Parked, [u32; 3], Vec<String>)> = Vec::new();
+        let mut places: Vec<Waiting> = Vec::new();
         for w in self.warps.iter().flatten() {
             for (pc, lanes, parked) in waiting_lanes(w) {
                 let block = self.blocks[w.block as usize].index;
                 let who = format!("block {block} warp {} lanes {lanes:#x}", w.index);
-                let same =
-                    |p: &&mut (u32, u32, Parked, _, _)| (p.0, p.1, p.2) == (w.launch, pc, parked);
-                match places.iter_mut().find(same) {
-                    Some(place) => place.4.push(who),
+                let key = (w.launch, pc, parked);
+                match places.iter_mut().find(|p| p.key == key) {
+                    Some(place) => place.all.push(who),
                     None => {
-                        let first = [w.block, w.index, lanes.trailing_zeros()];
-                        places.push((w.launch, pc, parked, first, vec![who]));
+                        let first = (w.block, w.index, lanes.trailing_zeros(), pc);
+                        places.push(Waiting { key, first, all: vec![who] });
                     }
                 }
             }
         }
-        for (_, pc, parked, [block, warp, lane], all) in places {
+        for Waiting { key: (_, _, parked), first, all } in places {
             let (kind, what) = match parked {
                 Parked::Barrier(id) => (FindingKind::Barrier, format!("in barrier {id}")),
                 Parked::Warp => (FindingKind::WarpSync, "for other lanes of the warp".into()),
@@ -203,7 +208,7 @@ impl Core {
                 n => format!(" and {n} more warps"),
             };
             let message = format!("{why}: these wait {what}: {shown}{more}");
-            self.report(kind, (block, warp, lane, pc), None, message);
+            self.report(kind, first, None, message);
         }
     }
 
