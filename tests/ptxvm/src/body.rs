@@ -11,6 +11,12 @@ use std::collections::HashMap;
 /// Addresses of call parameters start here; a kernel's own parameters are below.
 pub(crate) const LANE_PARAMS: u64 = 1 << 31;
 
+/// The most local or call-parameter bytes of a thread.
+const AREA_MAX: u64 = 1 << 22;
+
+/// The most registers in one declaration.
+const REGISTERS_MAX: i128 = 1 << 20;
+
 #[derive(Default)]
 struct Block {
     parent: usize,
@@ -185,14 +191,17 @@ impl Body<'_> {
             }
             "local" | "param" => {
                 let decl = self.parser.decl()?;
-                self.parser.expect(';')?;
                 let (space, base) =
                     if d == "local" { (Space::Local, 0) } else { (Space::Param, LANE_PARAMS) };
                 let area = if d == "local" { &mut self.local_bytes } else { &mut self.param_bytes };
                 let offset = area.next_multiple_of(decl.align);
                 *area = offset + decl.bytes;
+                if *area > AREA_MAX {
+                    let message = format!("the .{d} variables of the function are too large");
+                    return self.parser.err(message);
+                }
                 self.symbol(decl.name, space, decl.bytes, decl.align, base + offset);
-                Ok(())
+                self.parser.expect(';')
             }
             "branchtargets" => {
                 let mut names = vec![self.parser.word()?];
@@ -227,6 +236,9 @@ impl Body<'_> {
             if self.parser.accept('<') {
                 let count = self.parser.int()?;
                 self.parser.expect('>')?;
+                if !(0..=REGISTERS_MAX).contains(&count) {
+                    return self.parser.err(format!("{count} registers are too many"));
+                }
                 names = (0..count).map(|i| format!("{name}{i}")).collect();
             }
             for name in names {

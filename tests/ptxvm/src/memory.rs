@@ -139,13 +139,16 @@ impl Region {
         if self.is_host() {
             return true;
         }
-        let (word, bit) = ((offset / 64) as usize, offset % 64);
-        let wanted = mask(1).min((1u64 << bytes) - 1);
-        if bit + u64::from(bytes) <= 64 && bytes <= 8 {
-            return self.init[word] >> bit & wanted == wanted;
+        let (mut at, end) = (offset, offset + u64::from(bytes));
+        while at < end {
+            let count = (64 - at % 64).min(end - at);
+            let wanted = if count == 64 { u64::MAX } else { (1u64 << count) - 1 };
+            if self.init[(at / 64) as usize] >> (at % 64) & wanted != wanted {
+                return false;
+            }
+            at += count;
         }
-        (offset..offset + u64::from(bytes))
-            .all(|i| self.init[(i / 64) as usize] >> (i % 64) & 1 == 1)
+        true
     }
 
     pub(crate) fn set_init(&mut self, offset: u64, bytes: u64) {

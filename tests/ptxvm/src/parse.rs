@@ -22,6 +22,9 @@ pub(crate) struct Parser {
     deferred: Vec<(usize, u32, Params)>,
 }
 
+/// The largest variable, in bytes.
+const VARIABLE_MAX: u64 = 1 << 30;
+
 type Params = Vec<(String, ParamSlot, u64)>;
 
 /// A declared variable: `.align 4 .b8 name[8]` or `.v2 .f32 name`.
@@ -293,11 +296,17 @@ impl Parser {
                 count = 0;
                 continue;
             }
-            count *= self.int()? as u64;
+            count = count.saturating_mul(u64::try_from(self.int()?).unwrap_or(u64::MAX));
             self.expect(']')?;
         }
         let unit = u64::from(ty.bytes()) * lanes;
-        let align = align.unwrap_or(unit).max(1);
+        let align = align.unwrap_or(unit);
+        if !align.is_power_of_two() || align > 1 << 20 {
+            return self.err(format!("the alignment {align} of {name} is no power of two"));
+        }
+        if count > VARIABLE_MAX / unit {
+            return self.err(format!("the variable {name} is too large"));
+        }
         Ok(Decl { name, ty, bytes: unit * count, align, unsized_array })
     }
 
@@ -408,7 +417,7 @@ impl Parser {
                 | "reqnctapercluster" | "maxnctapersm" => {
                     let mut total = self.int()? as u32;
                     while self.accept(',') {
-                        total *= self.int()? as u32;
+                        total = total.saturating_mul(self.int()? as u32);
                     }
                     if d == "maxntid" || d == "reqntid" {
                         max_threads = Some(total);

@@ -39,6 +39,9 @@ fn mov(ins: &mut Ins) -> Res<Op> {
     ins.count(2)?;
     let bits = par.ty.bits();
     match (&ins.ops[0], &ins.ops[1]) {
+        (Opd::Vec(parts), _) | (_, Opd::Vec(parts)) if parts.is_empty() => {
+            ins.err("an empty vector")
+        }
         (Opd::Vec(parts), _) => {
             let width = bits / parts.len() as u32;
             Ok(Op::Unpack { d: ins.dst_list(0)?, s: ins.src(1, par.ty)?, bits: width })
