@@ -111,8 +111,16 @@ fn convert(ins: &mut Ins) -> Res<Op> {
             if narrows && mode.is_none() {
                 return ins.err("a narrowing conversion needs a rounding mode");
             }
-            let bf16 = plain && ty == Ty::F32 && from == Ty::Bf16;
-            if bf16 { cvt::f32_bf16 } else { cvt::float_float }
+            match (ty, from) {
+                (Ty::F32, Ty::Bf16) if plain => cvt::f32_bf16,
+                (Ty::F32, Ty::F16) if plain => cvt::f32_f16,
+                (Ty::F16 | Ty::Bf16, Ty::F32)
+                    if plain && round == Round::Rn && !satfinite && integral.is_none() =>
+                {
+                    cvt::half_f32
+                }
+                _ => cvt::float_float,
+            }
         }
     };
     alu(ins, par, f, s)

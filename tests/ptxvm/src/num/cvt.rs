@@ -88,6 +88,33 @@ pub(crate) fn tf32(p: &Par, a: u64, _: u64, _: u64) -> u64 {
     finish(p, pack(num, soft::TF32, p.round, p.sel & 2 != 0) << 13)
 }
 
+/// One half of a pair from an f32: the common conversions take the short way.
+fn half_of(p: &Par, x: u64) -> u64 {
+    let x = x as u32;
+    let plain = p.round == Round::Rn && p.sel & 2 == 0 && !p.relu && !f32::from_bits(x).is_nan();
+    match p.ty {
+        Ty::Bf16x2 if plain => half::bf16::from_f32(f32::from_bits(x)).to_bits().into(),
+        Ty::F16x2 if plain => half::f16::from_f32(f32::from_bits(x)).to_bits().into(),
+        _ => narrow(p, unpack(x.into(), soft::F32)),
+    }
+}
+
+/// `cvt.rn` of an f32 to f16 or bf16.
+pub(crate) fn half_f32(p: &Par, a: u64, _: u64, _: u64) -> u64 {
+    let x = f32::from_bits(a as u32);
+    match p.ty {
+        _ if x.is_nan() => 0x7fff,
+        Ty::Bf16 => half::bf16::from_f32(x).to_bits().into(),
+        _ => half::f16::from_f32(x).to_bits().into(),
+    }
+}
+
+/// `f16` to `f32`.
+pub(crate) fn f32_f16(_: &Par, a: u64, _: u64, _: u64) -> u64 {
+    let x = half::f16::from_bits(a as u16).to_f32();
+    if x.is_nan() { 0x7fff_ffff } else { x.to_bits().into() }
+}
+
 fn narrow(p: &Par, num: Num) -> u64 {
     let f = fmt(p.ty);
     let x = pack(num, f, p.round, p.sel & 2 != 0);
@@ -100,8 +127,7 @@ fn narrow(p: &Par, num: Num) -> u64 {
 /// `cvt` of two f32 to a packed pair: `a` goes to the upper half.
 pub(crate) fn pair_f32(p: &Par, a: u64, b: u64, _: u64) -> u64 {
     let half = p.ty.bits() / 2;
-    let get = |x: u64| unpack(x & 0xffff_ffff, soft::F32);
-    narrow(p, get(a)) << half | narrow(p, get(b))
+    half_of(p, a) << half | half_of(p, b)
 }
 
 /// `cvt` between packed pairs of small floats.

@@ -4,26 +4,25 @@
 //! one rounding to nearest. Hardware adds groups of products with a wider, truncating adder, so
 //! its last bits may differ; the PTX ISA leaves the order and precision open.
 
-use super::soft::{self, pack, unpack};
 use crate::program::MmaShape;
-use crate::types::{Round, Ty, sext};
+use crate::types::Ty;
+use half::f16;
 
 /// A fragment: up to four registers of each of the 32 lanes.
 pub(crate) type Frag = [[u32; 32]; 4];
 
-fn element(frag: &Frag, lane: usize, index: usize, ty: Ty) -> (f64, i64) {
+/// The element's value; every type here fits an f64.
+fn element(frag: &Frag, lane: usize, index: usize, ty: Ty) -> f64 {
     let per = 4 / width(ty);
     let word = frag[index / per][lane];
     let part = word >> (index % per * width(ty) * 8);
-    let float =
-        |bits: u64, fmt| f64::from_bits(pack(unpack(bits, fmt), soft::F64, Round::Rn, false));
     match ty {
-        Ty::F16 => (float(u64::from(part & 0xffff), soft::F16), 0),
-        Ty::Bf16 => (float(u64::from(part & 0xffff), soft::BF16), 0),
+        Ty::F16 => f16::from_bits(part as u16).to_f64(),
+        Ty::Bf16 => f64::from(f32::from_bits(part << 16)),
         // The low 13 bits are ignored.
-        Ty::Tf32 => (float(u64::from(part >> 13), soft::TF32), 0),
-        Ty::S8 => (0.0, sext(u64::from(part & 0xff), 8)),
-        _ => (0.0, i64::from(part & 0xff)),
+        Ty::Tf32 => f64::from(f32::from_bits(part & !0x1fff)),
+        Ty::S8 => f64::from(part as i8),
+        _ => f64::from(part as u8),
     }
 }
 
@@ -53,43 +52,49 @@ fn place_b(k: usize, col: usize, ty: Ty) -> (usize, usize) {
 
 /// Multiplies the fragments of a warp.
 pub(crate) fn mma(shape: MmaShape, a: &Frag, b: &Frag, c: &Frag) -> Frag {
-    let mut out = [[0; 32]; 4];
     let k_count = shape.k as usize;
-    for row in 0..16 {
-        for col in 0..8 {
+    let (mut rows, mut cols) = ([[0.0; 32]; 16], [[0.0; 32]; 8]);
+    for k in 0..k_count {
+        for (row, values) in rows.iter_mut().enumerate() {
+            let (lane, index) = place_a(row, k, shape.a);
+            values[k] = element(a, lane, index, shape.a);
+        }
+        for (col, values) in cols.iter_mut().enumerate() {
+            let (lane, index) = place_b(k, col, shape.b);
+            values[k] = element(b, lane, index, shape.b);
+        }
+    }
+    let mut out = [[0; 32]; 4];
+    for (row, x) in rows.iter().enumerate() {
+        for (col, y) in cols.iter().enumerate() {
+            let terms = x[..k_count].iter().zip(&y[..k_count]).map(|(x, y)| x * y);
             let lane = row % 8 * 4 + col / 2;
             let index = row / 8 * 2 + col % 2;
-            let term = |k| {
-                let (la, ia) = place_a(row, k, shape.a);
-                let (lb, ib) = place_b(k, col, shape.b);
-                (element(a, la, ia, shape.a), element(b, lb, ib, shape.b))
-            };
-            if shape.d == Ty::F16 {
-                let word = c[index / 2][lane] >> (16 * (index % 2)) & 0xffff;
-                let start = pack(unpack(word.into(), soft::F16), soft::F32, Round::Rn, false);
-                let sum = dot(start as u32, k_count, term);
-                let half = pack(unpack(sum.into(), soft::F32), soft::F16, Round::Rn, false);
-                out[index / 2][lane] |= (half as u32) << (16 * (index % 2));
-            } else if shape.d == Ty::F32 {
-                out[index][lane] = dot(c[index][lane], k_count, term);
-            } else {
-                let start = i64::from(c[index][lane] as i32);
-                let sum = (0..k_count).fold(start, |s, k| s + term(k).0.1 * term(k).1.1);
-                let clamped = sum.clamp(i32::MIN.into(), i32::MAX.into());
-                out[index][lane] = if shape.sat { clamped } else { sum } as u32;
+            match shape.d {
+                Ty::F16 => {
+                    let shift = 16 * (index % 2);
+                    let start = f16::from_bits((c[index / 2][lane] >> shift) as u16).to_f32();
+                    let half = f16::from_f32(f32::from_bits(dot(start, terms))).to_bits();
+                    let half = if half & 0x7fff > 0x7c00 { 0x7fff } else { half };
+                    out[index / 2][lane] |= u32::from(half) << shift;
+                }
+                Ty::F32 => out[index][lane] = dot(f32::from_bits(c[index][lane]), terms),
+                // Sums of 8-bit products are exact in f64.
+                _ => {
+                    let sum = (f64::from(c[index][lane] as i32) + terms.sum::<f64>()) as i64;
+                    let clamped = sum.clamp(i32::MIN.into(), i32::MAX.into());
+                    out[index][lane] = if shape.sat { clamped } else { sum } as u32;
+                }
             }
         }
     }
     out
 }
 
-fn dot(start: u32, k_count: usize, term: impl Fn(usize) -> ((f64, i64), (f64, i64))) -> u32 {
-    let sum = (0..k_count).fold(f32::from_bits(start), |sum, k| {
-        let ((x, _), (y, _)) = term(k);
-        // The product of two 11-bit significands is exact in f64, and f64 holds 53 bits; the sum
-        // is rounded to odd there so that the second rounding to f32 is right.
-        add_rounded(f64::from(sum), x * y)
-    });
+fn dot(start: f32, terms: impl Iterator<Item = f64>) -> u32 {
+    // The product of two 11-bit significands is exact in f64. The sum is rounded to odd there, so
+    // that the second rounding, to f32, is right.
+    let sum = terms.fold(start, |sum, term| add_rounded(f64::from(sum), term));
     if sum.is_nan() { 0x7fff_ffff } else { sum.to_bits() }
 }
 
