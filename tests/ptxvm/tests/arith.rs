@@ -1,8 +1,6 @@
 //! Arithmetic against the host's.
 
-mod common;
-
-use common::{agree, eval};
+use crate::common::{agree, eval};
 use half::{bf16, f16};
 use proptest::prelude::*;
 

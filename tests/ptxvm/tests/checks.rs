@@ -1,8 +1,7 @@
 //! Every check with a clean kernel and a planted mistake.
 
-mod common;
-
-use common::{BUFFER, clean, config, kernel, planted, run_module};
+use crate::common;
+use crate::common::{BUFFER, clean, config, kernel, planted, run_module};
 use ptxvm::{Arg, FindingKind, Module, RunState, Vm, VmConfig};
 
 #[test]

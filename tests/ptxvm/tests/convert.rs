@@ -1,8 +1,6 @@
 //! Conversions: exhaustive for 8- and 16-bit types, against the host elsewhere.
 
-mod common;
-
-use common::{agree, eval};
+use crate::common::{agree, eval};
 use half::{bf16, f16};
 use proptest::prelude::*;
 

@@ -1,8 +1,7 @@
 //! mbarriers and asynchronous copies, with planted mistakes.
 
-mod common;
-
-use common::{clean, kernel, planted, run_module};
+use crate::common;
+use crate::common::{clean, kernel, planted, run_module};
 use ptxvm::{FindingKind, RunState};
 
 /// Thread 0 loads 256 bytes of p into shared memory at s+128, and all threads read them.

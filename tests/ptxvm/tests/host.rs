@@ -1,8 +1,6 @@
 //! The machine in a thread of its own, talking to the host through mapped memory.
 
-mod common;
-
-use common::kernel;
+use crate::common::kernel;
 use ptxvm::{Arg, FindingKind, Module, RunState, Vm, VmConfig};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

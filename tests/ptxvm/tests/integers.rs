@@ -1,8 +1,6 @@
 //! Integer instructions against the host's, and the worked examples of the PTX ISA.
 
-mod common;
-
-use common::{agree, eval};
+use crate::common::{agree, eval};
 use proptest::prelude::*;
 
 const W32: [u32; 4] = [32; 4];

@@ -1,8 +1,7 @@
 //! Warp-wide instructions, matrix products, calls and jumps.
 
-mod common;
-
-use common::{clean, kernel, run_module};
+use crate::common;
+use crate::common::{clean, kernel, run_module};
 use half::{bf16, f16};
 use ptxvm::Module;
 

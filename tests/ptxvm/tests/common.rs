@@ -1,10 +1,9 @@
 //! A short way to write and run a PTX kernel in a test.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
 
-use ptxvm::{Arg, DeviceId, Finding, FindingKind, Module, RunState, Vm, VmConfig};
+use ptxvm::{Arg, Finding, FindingKind, Module, RunState, Vm, VmConfig};
 
 /// Wraps statements into a kernel `k(p, q)` with registers of every kind and shared memory `s`.
-pub fn kernel(body: &str) -> String {
+pub(crate) fn kernel(body: &str) -> String {
     format!(
         ".version 8.4\n.target sm_90\n.address_size 64\n\
          .extern .shared .align 128 .b8 s[];\n\
@@ -17,23 +16,22 @@ pub fn kernel(body: &str) -> String {
 }
 
 /// A machine that has run a kernel.
-pub struct Ran {
-    pub vm: Vm,
-    pub state: RunState,
-    pub gpu: DeviceId,
-    pub p: u64,
-    pub q: u64,
+pub(crate) struct Ran {
+    pub(crate) vm: Vm,
+    pub(crate) state: RunState,
+    pub(crate) p: u64,
+    pub(crate) q: u64,
 }
 
 /// Bytes of each of the buffers p (zeros) and q (unwritten).
-pub const BUFFER: u64 = 4096;
+pub(crate) const BUFFER: u64 = 4096;
 
-pub fn config(seed: u64) -> VmConfig {
+pub(crate) fn config(seed: u64) -> VmConfig {
     VmConfig { seed, stall_steps: 20_000, step_limit: 2_000_000, ..VmConfig::default() }
 }
 
 /// Runs `k` of a module on one device, with 4096 bytes of dynamic shared memory.
-pub fn run_module(text: &str, grid: u32, block: u32, seed: u64) -> Ran {
+pub(crate) fn run_module(text: &str, grid: u32, block: u32, seed: u64) -> Ran {
     let module = Module::parse(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
     let mut vm = Vm::new(config(seed));
     let gpu = vm.add_device("gpu0");
@@ -42,25 +40,25 @@ pub fn run_module(text: &str, grid: u32, block: u32, seed: u64) -> Ran {
     vm.fill(p, 0, BUFFER).unwrap();
     vm.launch(gpu, &module, "k", grid, block, 4096, &[Arg::U64(p), Arg::U64(q)]).unwrap();
     let state = vm.run(u64::MAX);
-    Ran { vm, state, gpu, p, q }
+    Ran { vm, state, p, q }
 }
 
 impl Ran {
-    pub fn u32s(&mut self, at: u64, count: usize) -> Vec<u32> {
+    pub(crate) fn u32s(&mut self, at: u64, count: usize) -> Vec<u32> {
         let mut raw = vec![0; count * 4];
         self.vm.read(at, &mut raw).unwrap();
         raw.chunks_exact(4).map(|c| u32::from_le_bytes(c.try_into().unwrap())).collect()
     }
 
-    pub fn list(&self) -> String {
+    pub(crate) fn list(&self) -> String {
         self.vm.findings().iter().map(|f| format!("{f}\n")).collect()
     }
 }
 
-pub const SEEDS: std::ops::Range<u64> = 0..16;
+pub(crate) const SEEDS: std::ops::Range<u64> = 0..16;
 
 /// The kernel is clean under every seed.
-pub fn clean(body: &str, grid: u32, block: u32) {
+pub(crate) fn clean(body: &str, grid: u32, block: u32) {
     for seed in SEEDS {
         let ran = run_module(&kernel(body), grid, block, seed);
         assert!(ran.vm.findings().is_empty(), "seed {seed}:\n{}{body}", ran.list());
@@ -69,7 +67,7 @@ pub fn clean(body: &str, grid: u32, block: u32) {
 }
 
 /// Every seed reports `kind` at an instruction on the line of the body that holds `at`.
-pub fn planted(body: &str, grid: u32, block: u32, kind: FindingKind, at: &str) -> Finding {
+pub(crate) fn planted(body: &str, grid: u32, block: u32, kind: FindingKind, at: &str) -> Finding {
     let mut last = None;
     let text = kernel(body);
     for seed in SEEDS {
@@ -88,7 +86,7 @@ pub fn planted(body: &str, grid: u32, block: u32, kind: FindingKind, at: &str) -
 
 /// Executes one instruction for each case. `op` uses `A`, `B` and `C` for the sources and `D` for
 /// the result, which are registers of the given widths in bits.
-pub fn eval(op: &str, widths: [u32; 4], cases: &[[u64; 3]]) -> Vec<u64> {
+pub(crate) fn eval(op: &str, widths: [u32; 4], cases: &[[u64; 3]]) -> Vec<u64> {
     let name = |i: usize| ["%a", "%b", "%c", "%d"][i];
     let mut text = String::from(
         ".version 8.4\n.target sm_90\n.address_size 64\n.visible .entry k(.param .u64 p, \
@@ -123,7 +121,12 @@ pub fn eval(op: &str, widths: [u32; 4], cases: &[[u64; 3]]) -> Vec<u64> {
 }
 
 /// Compares an instruction with a function of the host for every case.
-pub fn agree(op: &str, widths: [u32; 4], cases: &[[u64; 3]], host: impl Fn(u64, u64, u64) -> u64) {
+pub(crate) fn agree(
+    op: &str,
+    widths: [u32; 4],
+    cases: &[[u64; 3]],
+    host: impl Fn(u64, u64, u64) -> u64,
+) {
     let mask = |x: u64, width: u32| if width == 64 { x } else { x & ((1 << width) - 1) };
     for (case, got) in cases.iter().zip(eval(op, widths, cases)) {
         let [a, b, c] = *case;
