@@ -24,7 +24,7 @@ use crate::machine::{Machine, Rotation, Rows, Split};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// Quads of merged heads that a lane works on at once.
-const MERGES_AHEAD: u32 = 2;
+const MERGES_AHEAD: u32 = 1;
 /// How long an idle block sleeps between looks.
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
@@ -38,6 +38,8 @@ pub struct Block {
     pub thread_idx: u32,
     /// Shared address of the block's memory.
     pub shared: u32,
+    /// Format of the weights of the task, if it has any.
+    pub format: WeightFormat,
     /// Bytes of the area of input rows.
     pub input_bytes: u32,
     /// How the input rows of the task are kept.
@@ -52,10 +54,15 @@ pub struct Block {
 impl Block {
     /// The block whose memory begins at `shared`.
     #[inline(always)]
-    pub fn new(thread_idx: u32, shared: u32, header: &ProgramHeader) -> Block {
+    pub fn new(
+        thread_idx: u32,
+        shared: u32,
+        header: &ProgramHeader,
+        format: WeightFormat,
+    ) -> Block {
         let pages = PageCursor::new(shared, header);
         let (input_bytes, layout) = (header.input_bytes, Cell::new(Layout::Far));
-        Block { thread_idx, shared, input_bytes, layout, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
+        Block { thread_idx, shared, format, input_bytes, layout, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
     }
 
     /// Index of this thread's warp.
@@ -151,6 +158,8 @@ impl Machine for Block {
         dim: usize,
         format: Option<WeightFormat>,
     ) -> Rows {
+        // The format of the op's function: a constant, unlike the one in the record.
+        let format = format.map(|_| self.format);
         let layout = Layout::new(count as u32, dim as u32, format, self.input_bytes);
         self.layout.set(layout);
         if layout == Layout::Far {
@@ -179,13 +188,13 @@ impl Machine for Block {
             let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
             let mut base = self.thread_idx * QUAD;
             while base < dim as u32 {
-                let quads = read_quads::<8>(source, base, dim as u32, false);
+                let quads = read_quads::<2>(source, base, dim as u32, false);
                 for (step, quad) in (0u32..).zip(&quads) {
                     if base + step * STEP < dim as u32 {
                         put(self.shared, layout, &to, row, base + step * STEP, *quad);
                     }
                 }
-                base += 8 * STEP;
+                base += 2 * STEP;
             }
         }
         sync_compute();
@@ -207,28 +216,28 @@ impl Machine for Block {
             let source = from(row).address();
             let (mut sum, mut base) = (0.0, first);
             while base < dim {
-                let quads = read_quads::<4>(source, base, dim, false);
+                let quads = read_quads::<2>(source, base, dim, false);
                 for quad in &quads {
                     for value in quad {
                         sum = fma(*value, *value, sum);
                     }
                 }
-                base += 4 * STEP;
+                base += 2 * STEP;
             }
             self.block_sum(row, sum);
         }
         let (mut base, mut is_ordered) = (first, false);
         while base < dim || !is_ordered {
             // The first weights arrive while the block waits for the sums.
-            let weights = read_quads::<4>(weight.address(), base, dim, true);
+            let weights = read_quads::<2>(weight.address(), base, dim, true);
             if !is_ordered {
                 sync_compute();
                 is_ordered = true;
             }
             for row in 0..count {
-                let quads = read_quads::<4>(from(row).address(), base, dim, false);
+                let quads = read_quads::<2>(from(row).address(), base, dim, false);
                 let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
-                for step in 0..4 {
+                for step in 0..2 {
                     let (quad, weight) = (quads[step], weights[step]);
                     let column = base + step as u32 * STEP;
                     if column < dim {
@@ -237,7 +246,7 @@ impl Machine for Block {
                     }
                 }
             }
-            base += 4 * STEP;
+            base += 2 * STEP;
         }
         sync_compute();
     }

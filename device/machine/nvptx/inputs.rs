@@ -7,7 +7,7 @@
 use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::INPUTS;
 
-use super::memory::{Quad, generic};
+use super::memory::{Quad, store_shared_pair, upper_halves};
 use crate::machine::Rows;
 
 /// Rows that are kept as parts at most.
@@ -65,7 +65,7 @@ pub fn split_pair(a: f32, b: f32) -> [u32; 3] {
     let mut parts = [0; PARTS as usize];
     for part in &mut parts {
         let (high_a, high_b) = (a.to_bits() & TOP, b.to_bits() & TOP);
-        *part = high_a >> 16 | high_b;
+        *part = upper_halves(a.to_bits(), b.to_bits());
         // Exact: the rest has fewer significant bits.
         a -= f32::from_bits(high_a);
         b -= f32::from_bits(high_b);
@@ -80,9 +80,9 @@ pub fn put(shared: u32, layout: Layout, out: &Rows, row: u32, column: u32, quad:
         let (low, high) = (split_pair(quad[0], quad[1]), split_pair(quad[2], quad[3]));
         for part in 0..PARTS {
             let value = (part * rows + row) * pitch + column;
-            let place = generic(shared + INPUTS) + u64::from(value) * 2;
+            let place = shared + INPUTS + value * 2;
             // SAFETY: four adjacent values of a part's row, this lane's own.
-            unsafe { (place as *mut [u32; 2]).write([low[part as usize], high[part as usize]]) };
+            unsafe { store_shared_pair(place, [low[part as usize], high[part as usize]]) };
         }
         return;
     }

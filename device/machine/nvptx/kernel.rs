@@ -1,6 +1,7 @@
 //! The kernel's entry.
 
 use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER};
 
 use super::barrier::sync_block;
@@ -27,7 +28,7 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     }
     sync_block();
     let header = loader::header(shared);
-    let block = Block::new(thread_idx, shared, header);
+    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16);
     // SAFETY: by this function's contract; blocks have different indices.
     let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
     if thread_idx < COMPUTE_LANES {

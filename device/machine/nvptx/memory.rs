@@ -87,6 +87,31 @@ pub unsafe fn store_shared(address: u32, [a, b, c, d]: Quad) {
     }
 }
 
+/// Stores two words in shared memory.
+///
+/// # Safety
+/// The address is a multiple of 8 and valid for 8 bytes that no other thread uses meanwhile.
+#[inline(always)]
+pub unsafe fn store_shared_pair(address: u32, [a, b]: [u32; 2]) {
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("st.shared.v2.u32 [{p}], {{{a}, {b}}};", p = in(reg32) address, a = in(reg32) a,
+             b = in(reg32) b, options(nostack));
+    }
+}
+
+/// The upper halves of two words, the first one's below. PTX: `prmt`.
+#[inline(always)]
+pub fn upper_halves(a: u32, b: u32) -> u32 {
+    let value: u32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("prmt.b32 {v}, {a}, {b}, 0x7632;", v = out(reg32) value, a = in(reg32) a,
+             b = in(reg32) b, options(pure, nomem, nostack));
+    }
+    value
+}
+
 /// Stores four values in global memory.
 ///
 /// # Safety

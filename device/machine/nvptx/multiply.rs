@@ -26,7 +26,7 @@ const F16: u16 = WeightFormat::F16 as u16;
 /// See `Machine::multiply`.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize, out: Rows) {
-    let format = LinearArgs::unpack(task).format;
+    let format = block.format;
     let count = count as u32;
     match format {
         WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
@@ -55,7 +55,7 @@ pub fn discard(block: &Block, task: &Task) {
     let args = LinearArgs::unpack(task);
     for _ in 0..args.in_dim.div_ceil(CHUNK_COLUMNS) {
         for idx in 0..task.segment_count() {
-            for _ in 0..task.segment(idx).row_count.div_ceil(page_rows(args.format)) {
+            for _ in 0..task.segment(idx).row_count.div_ceil(page_rows(block.format)) {
                 block.pages.wait_full();
                 block.pages.release(block.warp_lane());
             }

@@ -6,7 +6,7 @@
 
 use core::cell::Cell;
 
-use tilert_mk_shared::task::{Opcode, Task};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
 use super::block::Block;
 use super::loader::{RECORD_BYTES, header};
@@ -16,7 +16,7 @@ use crate::worker::{Claim, Stopped, Worker};
 
 /// Runs the op of the task in the block's slot.
 #[inline(always)]
-pub fn run(worker: &Worker<Block>, opcode: Opcode, _: &Claim) -> Result<(), Stopped> {
+pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
     let kept = worker.prologue.get().map_or(0, |(epoch, key)| u64::from(epoch) << 32 | u64::from(key));
     let kept = match opcode {
@@ -24,7 +24,11 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, _: &Claim) -> Result<(), Stop
         Opcode::Admit if admit(slot) => kept,
         Opcode::Admit => return Err(Stopped),
         Opcode::Embed => embed(slot, kept),
-        Opcode::Linear => linear(slot, kept),
+        Opcode::Linear => match LinearArgs::unpack(claim.task).format {
+            WeightFormat::F32 => linear_f32(slot, kept),
+            WeightFormat::F16 => linear_f16(slot, kept),
+            WeightFormat::Bf16 => linear_bf16(slot, kept),
+        },
         Opcode::Attention => attention(slot, kept),
         Opcode::Sample => sample(slot, kept),
     };
@@ -34,10 +38,10 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, _: &Claim) -> Result<(), Stop
 
 /// Runs an op on a worker made from the slot; what the input rows hold goes in and comes out.
 #[inline(always)]
-fn with_worker(slot: u32, kept: u64, opcode: Opcode) -> (bool, u64) {
+fn with_worker(slot: u32, kept: u64, opcode: Opcode, format: WeightFormat) -> (bool, u64) {
     let shared = shared_base();
     let header = header(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header);
+    let block = Block::new(sreg::thread_idx(), shared, header, format);
     block.pages.go_to(slot);
     // SAFETY: words of the slot, which is full while the op runs.
     let (task_idx, epoch) =
@@ -55,19 +59,21 @@ fn with_worker(slot: u32, kept: u64, opcode: Opcode) -> (bool, u64) {
 
 #[inline(never)]
 fn admit(slot: u32) -> bool {
-    with_worker(slot, 0, Opcode::Admit).0
+    with_worker(slot, 0, Opcode::Admit, WeightFormat::F32).0
 }
 
 macro_rules! op {
-    ($name:ident, $opcode:ident) => {
+    ($name:ident, $opcode:ident, $format:ident) => {
         #[inline(never)]
         fn $name(slot: u32, kept: u64) -> u64 {
-            with_worker(slot, kept, Opcode::$opcode).1
+            with_worker(slot, kept, Opcode::$opcode, WeightFormat::$format).1
         }
     };
 }
 
-op!(embed, Embed);
-op!(linear, Linear);
-op!(attention, Attention);
-op!(sample, Sample);
+op!(embed, Embed, F32);
+op!(linear_f32, Linear, F32);
+op!(linear_f16, Linear, F16);
+op!(linear_bf16, Linear, Bf16);
+op!(attention, Attention, F32);
+op!(sample, Sample, F32);

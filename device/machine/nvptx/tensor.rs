@@ -10,7 +10,7 @@
 
 use core::arch::asm;
 
-use tilert_mk_shared::task::{LinearArgs, Task};
+use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES, page_rows,
 };
@@ -90,7 +90,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
                 let sum = |idx: usize| small[idx] + middle[idx] + large[idx];
                 leave(block, [sum(0), sum(1), sum(2), sum(3)], [first, left, count]);
             }
-            row += page_rows(LinearArgs::unpack(task).format);
+            row += page_rows(WeightFormat::Bf16);
         }
         tile_row += row_count;
     }
