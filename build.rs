@@ -66,7 +66,8 @@ fn find() -> Option<Toolchain> {
     };
     let debian = Toolchain { rustc: "/usr/bin/rustc".into(), cargo: "/usr/bin/cargo".into() };
     let which = |tool: &str| {
-        let output = Command::new("rustup").args(["which", "--toolchain", "nightly", tool]).output();
+        let output =
+            Command::new("rustup").args(["which", "--toolchain", "nightly", tool]).output();
         let output = output.ok().filter(|output| output.status.success())?;
         Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
     };
@@ -74,12 +75,7 @@ fn find() -> Option<Toolchain> {
     Some(debian).filter(&has_sources).or_else(|| nightly().filter(has_sources))
 }
 
-fn compile(
-    toolchain: &Toolchain,
-    target: &str,
-    flags: &str,
-    out: &Path,
-) -> Result<String, String> {
+fn compile(toolchain: &Toolchain, target: &str, flags: &str, out: &Path) -> Result<String, String> {
     let folder = out.join(target);
     let rustflags = format!(
         "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={target} \
@@ -105,7 +101,12 @@ fn compile(
         .arg("--target-dir")
         .arg(&folder)
         // There is no linker for this target, and none is needed: the assembly is complete.
-        .args(["--", "--emit=asm", "-Clinker=true", "-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false"]);
+        .args([
+            "--",
+            "--emit=asm",
+            "-Clinker=true",
+            "-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false",
+        ]);
     let output = command.output().map_err(|error| error.to_string())?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).replace('\n', " | "));

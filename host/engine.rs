@@ -426,8 +426,7 @@ impl Engine {
     pub fn submit(&mut self, request: &Request<'_>) -> Result<u32> {
         self.check(request)?;
         let slot = self.is_busy.iter().position(|busy| !busy);
-        let slot =
-            slot.ok_or_else(|| Error::Request("all sequence slots are busy".into()))? as u32;
+        let slot = slot.ok_or_else(|| Error::Request("all sequence slots are busy".into()))? as u32;
         let mut stop_ids = [0; STOP_ID_COUNT_MAX];
         stop_ids[..request.stop_ids.len()].copy_from_slice(request.stop_ids);
         let params = SequenceParams {
@@ -596,7 +595,10 @@ fn lower_options(
     }
     if profile.shared_bytes > 0 && !config.head_dim.is_multiple_of(4) {
         let dim = config.head_dim;
-        return Err(Error::Device(format!("{}: a head dimension of {dim}, not of fours", profile.name)));
+        return Err(Error::Device(format!(
+            "{}: a head dimension of {dim}, not of fours",
+            profile.name
+        )));
     }
     let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
     Ok(LowerOptions {

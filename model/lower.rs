@@ -296,7 +296,9 @@ impl<'a> Builder<'a> {
         for matrix in &linear.matrices {
             let (from, to) = (first.max(base) - base, end.max(base) - base);
             let (from, to) = (from.min(matrix.row_count), to.min(matrix.row_count));
-            if from < to && let Some(segment) = free.next() {
+            if from < to
+                && let Some(segment) = free.next()
+            {
                 *segment = rows_of(matrix, from, to, row_bytes);
             }
             if linear.epilogue != Epilogue::SiluMul {

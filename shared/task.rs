@@ -161,7 +161,9 @@ impl Task {
     /// Segments of a linear task that have rows; they come first.
     #[inline]
     pub const fn segment_count(&self) -> usize {
-        (self.words[4] != 0) as usize + (self.words[6] != 0) as usize + (self.words[8] != 0) as usize
+        (self.words[4] != 0) as usize
+            + (self.words[6] != 0) as usize
+            + (self.words[8] != 0) as usize
     }
 
     /// Segment `idx` of a linear task, without the others: on a GPU they are read where they are.

@@ -42,12 +42,7 @@ fn input<M: Machine>(
         TokenRows::All => row,
         TokenRows::Logits => step.logit_tokens[row] as usize,
     };
-    let x = worker.machine.input_rows(
-        super::scratch_input(worker),
-        count,
-        dim,
-        Some(args.format),
-    );
+    let x = worker.machine.input_rows(super::scratch_input(worker), count, dim, Some(args.format));
     let is_kept = worker.prologue.get() == Some((epoch, args.prologue_key));
     worker.prologue.set(Some((epoch, args.prologue_key)));
     match args.prologue {
@@ -84,13 +79,7 @@ fn input<M: Machine>(
 }
 
 #[inline(always)]
-fn store<M: Machine>(
-    worker: &Worker<M>,
-    task: &Task,
-    args: &LinearArgs,
-    y: Rows,
-    count: usize,
-) {
+fn store<M: Machine>(worker: &Worker<M>, task: &Task, args: &LinearArgs, y: Rows, count: usize) {
     let mut first = 0;
     for idx in 0..task.segment_count() {
         let segment = task.segment(idx);

@@ -14,11 +14,7 @@ use tilert_mk_shared::task::Opcode;
 
 /// Runs a claimed task whose input is ready. Collective.
 #[inline(always)]
-pub fn run<M: Machine>(
-    opcode: Opcode,
-    worker: &Worker<M>,
-    claim: &Claim,
-) -> Result<(), Stopped> {
+pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Result<(), Stopped> {
     match opcode {
         Opcode::Empty => {}
         Opcode::Admit => admit::run(worker)?,

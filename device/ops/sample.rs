@@ -163,9 +163,8 @@ impl Kept {
         }
         // `left` is now what the tokens of the weight `prefix` must cover, in the order of indices.
         let ties = left / amount(prefix).max(1);
-        self.tie_last = find(machine, self.bins, len, ties, |index| {
-            u64::from(old.weight(index) == prefix)
-        });
+        self.tie_last =
+            find(machine, self.bins, len, ties, |index| u64::from(old.weight(index) == prefix));
         self.threshold = prefix;
     }
 }
@@ -251,12 +250,7 @@ fn draw<M: Machine>(
 
 /// The sum of amounts. Collective.
 #[inline(always)]
-fn sum<M: Machine>(
-    machine: &M,
-    bins: Span<u64>,
-    len: usize,
-    amount: impl Fn(usize) -> u64,
-) -> u64 {
+fn sum<M: Machine>(machine: &M, bins: Span<u64>, len: usize, amount: impl Fn(usize) -> u64) -> u64 {
     machine.histogram(len, bins, |index| Some((0, amount(index))));
     let total = bins.read(0);
     machine.sync();

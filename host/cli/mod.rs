@@ -110,10 +110,11 @@ impl ModelArgs {
             bar.set_style(style);
         }
         let device = self.device.open()?;
-        let engine = Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
-            bar.set_length(total_bytes);
-            bar.set_position(done_bytes);
-        });
+        let engine =
+            Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
+                bar.set_length(total_bytes);
+                bar.set_position(done_bytes);
+            });
         bar.finish_and_clear();
         engine
     }

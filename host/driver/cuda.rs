@@ -11,9 +11,7 @@ use cudarc::driver::result::{self, DriverError, device, primary_ctx, stream};
 use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attribute;
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::tile::{
-    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX,
-};
+use tilert_mk_shared::tile::{BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX};
 
 use super::{Device, Profile};
 use crate::error::{Error, Result};
@@ -32,8 +30,10 @@ const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 /// The embedded PTX and the lowest compute capability that runs it, best first; empty texts are left
 /// out.
 pub fn kernels() -> impl Iterator<Item = (u32, &'static str)> {
-    [(90, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90.ptx"))),
-     (80, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_80.ptx")))]
+    [
+        (90, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90.ptx"))),
+        (80, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_80.ptx"))),
+    ]
     .into_iter()
     .filter(|(_, text)| !text.is_empty())
 }
@@ -110,9 +110,7 @@ fn describe(ordinal: i32) -> Result<Gpu> {
         name: device::get_name(handle).map_err(wrap("asking a GPU"))?,
         capability: major * 10 + minor,
         sm_count: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_bytes: attribute(
-            Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-        )?,
+        shared_bytes: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         // SAFETY: a handle that the driver gave.
         memory_bytes: unsafe { device::total_mem(handle) }.map_err(wrap("asking a GPU"))? as u64,
         is_cooperative: attribute(Attribute::CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH)? != 0,
@@ -164,13 +162,10 @@ impl CudaDevice {
             .map_err(wrap("finding the kernel"))?;
         let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function just found.
-        unsafe {
-            result::function::set_function_attribute(kernel, limit, gpu.shared_bytes as i32)
-        }
-        .map_err(wrap("reserving shared memory"))?;
-        let new_stream = || {
-            stream::create(stream::StreamKind::NonBlocking).map_err(wrap("making a stream"))
-        };
+        unsafe { result::function::set_function_attribute(kernel, limit, gpu.shared_bytes as i32) }
+            .map_err(wrap("reserving shared memory"))?;
+        let new_stream =
+            || stream::create(stream::StreamKind::NonBlocking).map_err(wrap("making a stream"));
         Ok(CudaDevice {
             profile: Profile {
                 name: format!("cuda:{ordinal} {}", gpu.name),

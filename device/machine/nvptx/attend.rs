@@ -112,8 +112,7 @@ fn scan<const D: usize, const G: usize, const B: usize, const N: usize>(
             }
         }
     }
-    let mut state =
-        State { largest: [f32::NEG_INFINITY; G], total: [0.0; G], sums: [[0.0; D]; G] };
+    let mut state = State { largest: [f32::NEG_INFINITY; G], total: [0.0; G], sums: [[0.0; D]; G] };
     let mut position = block.warp_idx() as usize * B;
     while position < position_count {
         let mut keys = [[0.0f32; D]; B];

@@ -11,13 +11,13 @@ use tilert_mk_shared::tile::{
 };
 
 use super::barrier::sync_compute;
+use super::inputs::{Layout, put};
 use super::loader::PageCursor;
 use super::memory::{
-    Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global, load_shared,
-    load_shared_f32, load_shared_word, store_global, store_shared_f32,
-    store_shared_word, widen_f16,
+    Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
+    load_global_pair, load_shared, load_shared_f32, load_shared_word, store_global,
+    store_shared_f32, store_shared_word, widen_f16,
 };
-use super::inputs::{Layout, put};
 use super::{attend, fma, multiply, ops, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
@@ -62,7 +62,16 @@ impl Block {
     ) -> Block {
         let pages = PageCursor::new(shared, header);
         let (input_bytes, layout) = (header.input_bytes, Cell::new(Layout::Far));
-        Block { thread_idx, shared, format, input_bytes, layout, pages, slot: Cell::new(0), lead_word: Cell::new(0) }
+        Block {
+            thread_idx,
+            shared,
+            format,
+            input_bytes,
+            layout,
+            pages,
+            slot: Cell::new(0),
+            lead_word: Cell::new(0),
+        }
     }
 
     /// Index of this thread's warp.
@@ -394,7 +403,9 @@ impl Machine for Block {
         self.for_each(1, len, |_, index| {
             if let Some((bin, amount)) = item(index) {
                 // SAFETY: one of the bins.
-                unsafe { add_shared_u64(near + (bin as u32 % SAMPLE_BIN_COUNT as u32) * 8, amount) };
+                unsafe {
+                    add_shared_u64(near + (bin as u32 % SAMPLE_BIN_COUNT as u32) * 8, amount)
+                };
             }
         });
         sync_compute();
@@ -455,22 +466,27 @@ fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bo
 #[inline(always)]
 fn merge_quad(block: &Block, head: u64, [value, dim, stride]: [u32; 3], count: u32) -> Quad {
     let at = |split: u32, index: u32| head + u64::from(split * stride + index) * 4;
+    let sums = |split: u32| {
+        // SAFETY: sums of a split that attention has written; heads are multiples of four values.
+        unsafe { load_global(at(split, value)) }
+    };
+    let score = |split: u32| {
+        // SAFETY: the two values after a split's sums.
+        unsafe { load_global_pair(at(split, dim)) }
+    };
     if count == 1 {
-        // SAFETY: values of the first split; heads are multiples of four values.
-        let (sums, score) = unsafe { (load_global(at(0, value)), load_global(at(0, dim))) };
-        return sums.map(|sum| sum / score[1]);
+        let (sums, [_, total]) = (sums(0), score(0));
+        return sums.map(|sum| sum / total);
     }
     let mut largest = f32::NEG_INFINITY;
     for split in 0..count {
-        // SAFETY: values of a split that attention has written.
-        largest = largest.max(unsafe { load_global(at(split, dim)) }[0]);
+        largest = largest.max(score(split)[0]);
     }
     let (mut merged, mut total) = ([0.0; QUAD as usize], 0.0);
     for split in 0..count {
-        // SAFETY: as above.
-        let (sums, score) = unsafe { (load_global(at(split, value)), load_global(at(split, dim))) };
-        let weight = block.exp(score[0] - largest);
-        total = fma(weight, score[1], total);
+        let (sums, [score, weight_sum]) = (sums(split), score(split));
+        let weight = block.exp(score - largest);
+        total = fma(weight, weight_sum, total);
         for idx in 0..4 {
             merged[idx] = fma(sums[idx], weight, merged[idx]);
         }

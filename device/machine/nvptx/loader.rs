@@ -12,8 +12,9 @@ use core::cell::Cell;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, TASK_EMPTY_BARRIERS,
-    TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS, WARP_LANES, WORDS, page_rows, ring,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES,
+    TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
+    WARP_LANES, WORDS, page_rows, ring,
 };
 
 use super::block::Block;
@@ -226,7 +227,8 @@ fn claim(worker: &Worker<Block>, lane: u32) -> (u32, u32, u64) {
         }
     }
     let (task_idx, epoch) = (warp::take_word(found.0, 0), warp::take_word(found.1, 0));
-    let offset = if task_idx == NO_TASK { 0 } else { u64::from(task_idx) * u64::from(RECORD_BYTES) };
+    let offset =
+        if task_idx == NO_TASK { 0 } else { u64::from(task_idx) * u64::from(RECORD_BYTES) };
     (task_idx, epoch, worker.header.tasks + offset)
 }
 
@@ -249,14 +251,7 @@ fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
 
 /// Copies a task's record, a word by each lane, and says which task it is.
 #[inline(always)]
-fn fill_slot(
-    slot: u32,
-    lane: u32,
-    task_idx: u32,
-    epoch: u32,
-    address: u64,
-    pages: &PageCursor,
-) {
+fn fill_slot(slot: u32, lane: u32, task_idx: u32, epoch: u32, address: u64, pages: &PageCursor) {
     // SAFETY: a word of the record, which nobody writes.
     let word = unsafe { *((address + u64::from(lane) * 4) as *const u32) };
     // SAFETY: words of the slot, which is empty: the computing warps do not look at it.
@@ -389,6 +384,11 @@ pub fn compute(worker: &Worker<Block>) {
             // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
             let task = unsafe { &*(generic(slot) as *const Task) };
             block.slot.set(slot);
+            if block.lane_idx() == 0 {
+                // For whoever looks at a block that has stopped.
+                // SAFETY: a word of the block's memory.
+                unsafe { store_shared_word(block.shared + WORDS + 12, task_idx) };
+            }
             let now_ns = worker.trace_ns();
             if worker.compute(&Claim::new(task, task_idx, epoch), now_ns, now_ns).is_err() {
                 break;

@@ -126,6 +126,21 @@ pub unsafe fn store_global(address: u64, [a, b, c, d]: Quad) {
     }
 }
 
+/// Two values of global memory.
+///
+/// # Safety
+/// The address is a multiple of 8 and valid for 8 bytes, and no thread writes there meanwhile.
+#[inline(always)]
+pub unsafe fn load_global_pair(address: u64) -> [f32; 2] {
+    let (a, b): (f32, f32);
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("ld.global.v2.f32 {{{a}, {b}}}, [{p}];", a = out(reg32) a, b = out(reg32) b,
+             p = in(reg64) address, options(readonly, nostack));
+    }
+    [a, b]
+}
+
 /// One value of global memory.
 ///
 /// # Safety

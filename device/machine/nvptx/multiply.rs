@@ -8,8 +8,8 @@
 
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES,
-    column_warps, page_rows, vector_values,
+    CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES, column_warps,
+    page_rows, vector_values,
 };
 
 use super::barrier::sync_compute;
@@ -35,8 +35,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize, out: Rows) {
     }
     sync_compute();
     let partials = block.shared + PARTIALS;
-    let warps =
-        if format == WeightFormat::Bf16 { COMPUTE_WARPS } else { column_warps(format) };
+    let warps = if format == WeightFormat::Bf16 { COMPUTE_WARPS } else { column_warps(format) };
     let row_count = LinearArgs::unpack(task).row_count() as usize;
     block.for_each(count as usize, row_count, |token, row| {
         let first = (row as u32 * count + token as u32) * warps;

@@ -18,7 +18,8 @@ use crate::worker::{Claim, Stopped, Worker};
 #[inline(always)]
 pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
-    let kept = worker.prologue.get().map_or(0, |(epoch, key)| u64::from(epoch) << 32 | u64::from(key));
+    let kept =
+        worker.prologue.get().map_or(0, |(epoch, key)| u64::from(epoch) << 32 | u64::from(key));
     let kept = match opcode {
         Opcode::Empty => kept,
         Opcode::Admit if admit(slot) => kept,
@@ -44,8 +45,9 @@ fn with_worker(slot: u32, kept: u64, opcode: Opcode, format: WeightFormat) -> (b
     let block = Block::new(sreg::thread_idx(), shared, header, format);
     block.pages.go_to(slot);
     // SAFETY: words of the slot, which is full while the op runs.
-    let (task_idx, epoch) =
-        unsafe { (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4)) };
+    let (task_idx, epoch) = unsafe {
+        (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
+    };
     // SAFETY: the record in the slot, likewise.
     let task = unsafe { &*(generic(slot) as *const Task) };
     // SAFETY: the header is that of the kernel, by the contract of its entry.

@@ -138,9 +138,7 @@ fn group_of_rows<const TILES: usize>(
         }
         first += CHUNK_COLUMNS;
     }
-    sums.map(|[even, odd]| {
-        [even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]]
-    })
+    sums.map(|[even, odd]| [even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]])
 }
 
 /// The lane's 8 inputs at `offset` columns from its first, as bf16 for each tile.

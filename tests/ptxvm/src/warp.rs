@@ -254,11 +254,18 @@ impl Warp {
         self.update_next();
     }
 
-    /// Lanes that wait at the warp-wide instruction at `pc`.
-    pub(crate) fn waiting_at(&self, pc: u32) -> u32 {
+    /// Lanes that wait at a warp-wide instruction at one of these places.
+    pub(crate) fn waiting_at(&self, is_place: impl Fn(u32) -> bool) -> u32 {
         bits(self.parked_mask)
-            .filter(|&l| self.parked[l] == Parked::Warp && self.pcs[l] == pc)
+            .filter(|&l| self.parked[l] == Parked::Warp && is_place(self.pcs[l]))
             .fold(0, |m, l| m | 1 << l)
+    }
+
+    /// Moves parked lanes past the instruction at which they wait.
+    pub(crate) fn step_over(&mut self, lanes: u32) {
+        for lane in bits(lanes) {
+            self.pcs[lane] += 1;
+        }
     }
 
     /// Ends lanes that are running.

@@ -12,7 +12,7 @@ impl Core {
         let Op::Bar { kind, id, count, aligned, .. } = op else { return Flow::On };
         if *aligned && lanes != w.alive {
             // All lanes of the warp must come here; they do so together or not at all.
-            let here = lanes | w.waiting_at(w.pc);
+            let here = lanes | w.waiting_at(|pc| pc == w.pc);
             if here != w.alive {
                 return self.park_for_warp(w, lanes);
             }

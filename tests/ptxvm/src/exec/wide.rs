@@ -44,12 +44,20 @@ impl Core {
             }
             wanted = (first | w.active) & w.alive;
         }
-        let here = w.active | w.waiting_at(w.pc) & wanted;
-        if here & wanted != wanted {
+        let here = w.active | w.waiting_at(|pc| pc == w.pc) & wanted;
+        // Compilers copy `bar.warp.sync` into the branches before it; the copies are one barrier.
+        let is_barrier = |pc: u32| matches!(code.insts[pc as usize].op, Op::WarpSync { .. });
+        let elsewhere =
+            if is_barrier(w.pc) { w.waiting_at(is_barrier) & wanted & !here } else { 0 };
+        if (here | elsewhere) & wanted != wanted {
             self.park_for_warp(w, w.active);
             return None;
         }
-        w.unpark(here);
+        if elsewhere != 0 && self.races.enabled {
+            self.races.barrier(&[(w.id, here | elsewhere)]);
+        }
+        w.step_over(elsewhere);
+        w.unpark(here | elsewhere);
         w.narrow(here);
         Some(here)
     }

@@ -1,0 +1,223 @@
+//! The interpreter as a device: the engine drives the shipped PTX as it drives a GPU.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use ptxvm::{Arg, Checks, DeviceId, Module, RunState, Vm, VmConfig};
+use tilert_mk::driver::{Device, Profile};
+use tilert_mk::error::{Error, Result};
+use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::tile::{
+    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX, WORDS,
+};
+
+/// Warp instructions that run between two looks of the host.
+const BURST_STEPS: u64 = 20_000;
+/// Warp instructions of a run at most: ten times what the longest one takes.
+const STEP_LIMIT: u64 = 40_000_000;
+/// Where the interpreter puts dynamic shared memory.
+const SHARED_FIRST: u32 = 1024;
+
+/// What a run of the interpreter is asked for, and what it leaves.
+pub(crate) struct PtxOptions {
+    /// PTX text.
+    pub(crate) text: String,
+    /// Blocks.
+    pub(crate) workers: u32,
+    /// Shared memory of a block.
+    pub(crate) shared_bytes: u32,
+    /// Seed of the schedule.
+    pub(crate) seed: u64,
+}
+
+/// What the test wants to know afterwards.
+#[derive(Default)]
+pub(crate) struct Report {
+    /// The findings, one line each.
+    pub(crate) findings: Vec<String>,
+    /// Instructions of single lanes.
+    pub(crate) lane_steps: u64,
+}
+
+/// Zeroed memory of this process, in whole words of 16 bytes.
+type HostMemory = Box<[u128]>;
+
+/// A device of the interpreter.
+pub(crate) struct PtxDevice {
+    profile: Profile,
+    module: Module,
+    device: DeviceId,
+    vm: Arc<Mutex<Vm>>,
+    shared: Vec<HostMemory>,
+    runner: Option<JoinHandle<()>>,
+    has_ended: Arc<AtomicBool>,
+    report: Arc<Mutex<Report>>,
+}
+
+impl PtxDevice {
+    /// A device for one engine; its findings go to the report when it ends.
+    pub(crate) fn new(options: PtxOptions) -> (PtxDevice, Arc<Mutex<Report>>) {
+        let module = Module::parse(&options.text).expect("the PTX is understood");
+        // A microsecond of the kernel's clock is a thousand steps; deadlines come before the
+        // interpreter's own patience ends.
+        let mut vm = Vm::new(VmConfig {
+            seed: options.seed,
+            checks: Checks::ALL,
+            stall_steps: 4_000_000,
+            ns_per_step: 10,
+            step_limit: STEP_LIMIT,
+            ..VmConfig::default()
+        });
+        let device = vm.add_device("gpu 0");
+        vm.set_annotator(|view| {
+            let mut word = [0; 4];
+            let is_there = view.read_shared(SHARED_FIRST + WORDS + 12, &mut word);
+            is_there.then(|| format!("task {}", u32::from_le_bytes(word)))
+        });
+        let profile = Profile {
+            name: "ptxvm".into(),
+            worker_count: options.workers,
+            worker_count_max: options.workers,
+            step_tokens_max: GPU_STEP_TOKENS_MAX,
+            tile_bytes: 1 << 20,
+            tile_rows_max: TILE_ROWS_MAX,
+            shared_bytes: options.shared_bytes,
+            host_spins: false,
+        };
+        let report = Arc::new(Mutex::new(Report::default()));
+        let device = PtxDevice {
+            profile,
+            module,
+            device,
+            vm: Arc::new(Mutex::new(vm)),
+            shared: Vec::new(),
+            runner: None,
+            has_ended: Arc::new(AtomicBool::new(false)),
+            report: report.clone(),
+        };
+        (device, report)
+    }
+
+    fn vm(&self) -> std::sync::MutexGuard<'_, Vm> {
+        self.vm.lock().expect("no thread of the interpreter has panicked")
+    }
+}
+
+fn wrap(error: ptxvm::VmError) -> Error {
+    Error::Device(error.to_string())
+}
+
+impl Device for PtxDevice {
+    fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    fn place(&mut self, bytes: &[u8]) -> Result<u64> {
+        let device = self.device;
+        let mut vm = self.vm();
+        let address = vm.alloc(device, "weights", bytes.len() as u64, 256);
+        vm.write(address, bytes).map_err(wrap)?;
+        vm.set_read_only(address, bytes.len() as u64).map_err(wrap)?;
+        Ok(address)
+    }
+
+    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
+        // Not filled: the heap's zeros are promised for what `launch` fills, and a read of anything
+        // else before it is written is a mistake.
+        let device = self.device;
+        Ok(self.vm().alloc(device, what, bytes, 256))
+    }
+
+    fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64> {
+        let mut memory: HostMemory = vec![0u128; bytes.div_ceil(16) as usize + 8].into();
+        let pointer = memory.as_mut_ptr().cast::<u8>();
+        // Mailbox words and fault records want cache lines of their own.
+        let skip = pointer.align_offset(128);
+        self.shared.push(memory);
+        // SAFETY: inside the memory just made, which lives as long as the device.
+        Ok(unsafe { self.vm().map_host(what, pointer.add(skip), bytes) })
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.vm().write(address, bytes).map_err(wrap)
+    }
+
+    fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+        self.vm().read(address, out).map_err(wrap)
+    }
+
+    fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+        let plan = &header.plan;
+        let regions = plan.regions();
+        {
+            let mut vm = self.vm();
+            for pair in regions.windows(2) {
+                let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
+                vm.name_range(heap + first, end - first, name).map_err(wrap)?;
+                if matches!(name, "sequences" | "events") {
+                    vm.fill(heap + first, 0, end - first).map_err(wrap)?;
+                }
+            }
+        }
+        let near = SharedPlan { input_bytes: header.input_bytes, page_count: header.page_count };
+        // SAFETY: a plain structure of integers and floats without padding.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(
+                (header as *const ProgramHeader).cast::<u8>(),
+                size_of::<ProgramHeader>(),
+            )
+        };
+        let arguments = [Arg::Bytes(bytes.to_vec())];
+        let (grid, shared_bytes) = (header.worker_count, near.shared_bytes());
+        let launched = self.vm().launch(
+            self.device,
+            &self.module,
+            "tilert_mk",
+            grid,
+            BLOCK_THREADS,
+            shared_bytes,
+            &arguments,
+        );
+        launched.map_err(wrap)?;
+        let (vm, has_ended) = (self.vm.clone(), self.has_ended.clone());
+        self.runner = Some(std::thread::spawn(move || {
+            loop {
+                let state = vm.lock().expect("the device has not panicked").run(BURST_STEPS);
+                if state != RunState::Running {
+                    break;
+                }
+                std::thread::yield_now();
+            }
+            has_ended.store(true, Ordering::Release);
+        }));
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        // One finding is enough: what a broken kernel does after it may take for ever.
+        let finding = self.vm().findings().first().map(ToString::to_string);
+        match finding {
+            Some(finding) => Err(Error::Fault(finding)),
+            None if self.has_ended.load(Ordering::Acquire) => {
+                Err(Error::Fault("the kernel has ended".into()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn join(&mut self) {
+        if let Some(runner) = self.runner.take() {
+            runner.join().expect("the interpreter has not panicked");
+            let mut vm = self.vm.lock().expect("the interpreter has not panicked");
+            vm.expect_finished();
+            let mut report = self.report.lock().expect("the test has not panicked");
+            report.findings = vm.findings().iter().map(|f| f.to_string()).collect();
+            report.lane_steps = vm.lane_steps();
+        }
+    }
+
+    fn now_ns(&self) -> Option<u64> {
+        None
+    }
+}
