@@ -14,8 +14,9 @@ use tilert_mk_shared::tile::{
 
 /// Warp instructions that run between two looks of the host.
 const BURST_STEPS: u64 = 20_000;
-/// Warp instructions of a run at most: ten times what the longest one takes.
-const STEP_LIMIT: u64 = 40_000_000;
+/// Warp instructions of a run at most; an idle kernel looks at its mailbox for as long as the host is
+/// slow.
+const STEP_LIMIT: u64 = 2_000_000_000;
 /// Where the interpreter puts dynamic shared memory.
 const SHARED_FIRST: u32 = 1024;
 
