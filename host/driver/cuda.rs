@@ -356,3 +356,20 @@ impl Drop for CudaDevice {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_ptx_is_for_its_chip_and_for_blocks_of_our_size() {
+        for (capability, text) in kernels() {
+            for line in [
+                format!(".target sm_{capability}\n"),
+                format!(".maxntid {BLOCK_THREADS}, 1, 1\n"),
+            ] {
+                assert!(text.contains(&line), "{line:?} is not in the PTX for sm_{capability}");
+            }
+        }
+    }
+}
