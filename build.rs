@@ -2,10 +2,10 @@
 //!
 //! Needs a rustc whose library sources are installed: Debian's `rustc-web` and `rust-web-src`, or a
 //! rustup nightly with `rust-src`. Without one the build goes on, warns once, and leaves the GPU
-//! side out. `TILERT_MK_PTX=off` leaves it out without looking.
+//! side out. `TILERT_MK_PTX=off` leaves it out without looking. All output is in `OUT_DIR`.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
 /// Chips that PTX is made for, and the `cfg` of each; the driver carries it on to later ones.
 const TARGETS: [(&str, &str); 2] = [("sm_80", ""), ("sm_90", "--cfg tilert_sm90")];
@@ -13,6 +13,23 @@ const TARGETS: [(&str, &str); 2] = [("sm_80", ""), ("sm_90", "--cfg tilert_sm90"
 const BLOCK_THREADS: u32 = 288;
 /// Name of the kernel.
 const ENTRY: &str = ".visible .entry tilert_mk(";
+/// The oldest compiler that this has been tried with: 1.96. Distributions ship far older ones.
+const RUSTC_MINOR_MIN: u32 = 96;
+/// What is left of the environment that cargo gives to this script. The rest describes this build
+/// and its compiler, and must not reach the other one.
+const KEPT_VARIABLES: [&str; 6] = [
+    "CARGO_HOME",
+    // The job slots of the outer build, which the inner one shares.
+    "CARGO_MAKEFLAGS",
+    "CARGO_NET_",
+    "CARGO_HTTP_",
+    "CARGO_REGISTR",
+    "CARGO_SOURCE_",
+];
+const MISSING: &str = "the GPU side is left out: no rustc 1.96 or later with library sources was \
+    found; install rustc-web, cargo-web and rust-web-src (Debian 12), or a rustup nightly with \
+    rust-src, and build again";
+const NO_SOURCES: &str = "the GPU side is left out: it is built in a checkout of the repository";
 
 /// A compiler that can build `core`.
 struct Toolchain {
@@ -21,98 +38,182 @@ struct Toolchain {
 }
 
 fn main() {
-    for path in ["build.rs", "device", "shared", "Cargo.lock"] {
+    println!("cargo:rerun-if-env-changed=TILERT_MK_PTX");
+    watch_sources();
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
+    let texts = if std::env::var_os("TILERT_MK_PTX").is_some_and(|value| value == "off") {
+        Vec::new()
+    } else if !Path::new("device/Cargo.toml").exists() {
+        println!("cargo:warning={NO_SOURCES}");
+        Vec::new()
+    } else if let Some(toolchain) = find() {
+        // Another compiler makes another PTX.
+        println!("cargo:rerun-if-changed={}", toolchain.rustc.display());
+        compile_all(&toolchain, &out)
+    } else {
+        watch_installations();
+        println!("cargo:warning={MISSING}");
+        Vec::new()
+    };
+    for (idx, (target, _)) in TARGETS.into_iter().enumerate() {
+        let file = out.join(format!("tilert_mk_{target}.ptx"));
+        // The host takes an empty file for PTX that was left out.
+        let text = texts.get(idx).map_or("", String::as_str);
+        if let Err(error) = std::fs::write(&file, text) {
+            fail(&format!("{}: {error}", file.display()));
+        }
+    }
+}
+
+/// Ends the build with one line; cargo shows it.
+fn fail(message: &str) -> ! {
+    println!("cargo::error={message}");
+    std::process::exit(1)
+}
+
+/// Runs this script again when what the device crate is made of changes.
+fn watch_sources() {
+    for path in ["Cargo.toml", "Cargo.lock"] {
         println!("cargo:rerun-if-changed={path}");
     }
-    println!("cargo:rerun-if-env-changed=TILERT_MK_PTX");
-    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
-    let is_off = std::env::var_os("TILERT_MK_PTX").is_some_and(|value| value == "off");
-    let toolchain = if is_off { None } else { find() };
-    if toolchain.is_none() && !is_off {
-        println!(
-            "cargo:warning=the GPU side is left out: no rustc with library sources was found; \
-             install rustc-web, cargo-web and rust-web-src (Debian), or a rustup nightly with \
-             rust-src, and build again"
-        );
-    }
-    for (target, flags) in TARGETS {
-        let text = toolchain.as_ref().map_or(Ok(String::new()), |toolchain| {
-            compile(toolchain, target, flags, &out).and_then(|text| finish(&text))
-        });
-        let text = match text {
-            Ok(text) => text,
-            Err(message) => {
-                println!("cargo:error=device/ does not compile for {target}: {message}");
-                std::process::exit(1);
+    for folder in ["device", "shared"] {
+        let Ok(entries) = std::fs::read_dir(folder) else { continue };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            // Tests and prose are not in the PTX.
+            if name != "tests" && Path::new(&name).extension() != Some("md".as_ref()) {
+                println!("cargo:rerun-if-changed={}", entry.path().display());
             }
-        };
-        let file = out.join(format!("tilert_mk_{target}.ptx"));
-        if let Err(error) = std::fs::write(&file, text) {
-            println!("cargo:error={}: {error}", file.display());
-            std::process::exit(1);
         }
+    }
+}
+
+/// Runs this script again when a compiler may have been installed. Only paths that exist count:
+/// cargo takes one that does not for changed, each time.
+fn watch_installations() {
+    let home = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let rustup = home("RUSTUP_HOME").or_else(|| Some(home("HOME")?.join(".rustup")));
+    let mut places = vec![PathBuf::from("/usr/lib/rustlib"), PathBuf::from("/usr/bin")];
+    if let Some(rustup) = rustup {
+        places.push(rustup.join("update-hashes"));
+        let toolchains = std::fs::read_dir(rustup.join("toolchains"));
+        let toolchains = toolchains.into_iter().flatten().flatten();
+        places.extend(toolchains.map(|entry| entry.path().join("lib/rustlib/components")));
+    }
+    for place in places.iter().filter(|place| place.exists()) {
+        println!("cargo:rerun-if-changed={}", place.display());
     }
 }
 
 /// The first compiler that has the sources of `core`.
 fn find() -> Option<Toolchain> {
-    let has_sources = |toolchain: &Toolchain| {
-        let output = Command::new(&toolchain.rustc).args(["--print", "sysroot"]).output();
-        let sysroot = output.ok().filter(|output| output.status.success());
-        sysroot.is_some_and(|output| {
-            let sysroot = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-            Path::new(&sysroot).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists()
-        })
-    };
     let debian = Toolchain { rustc: "/usr/bin/rustc".into(), cargo: "/usr/bin/cargo".into() };
     let which = |tool: &str| {
-        let output =
-            Command::new("rustup").args(["which", "--toolchain", "nightly", tool]).output();
-        let output = output.ok().filter(|output| output.status.success())?;
-        Some(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+        let mut command = Command::new("rustup");
+        // Asking must not download a toolchain.
+        command.env("RUSTUP_AUTO_INSTALL", "0").args(["which", "--toolchain", "nightly", tool]);
+        Some(PathBuf::from(stdout_of(&mut command)?))
     };
     let nightly = || Some(Toolchain { rustc: which("rustc")?, cargo: which("cargo")? });
-    Some(debian).filter(&has_sources).or_else(|| nightly().filter(has_sources))
+    Some(debian).filter(can_build_core).or_else(|| nightly().filter(can_build_core))
 }
 
+fn can_build_core(toolchain: &Toolchain) -> bool {
+    let ask = |args: &[&str]| stdout_of(Command::new(&toolchain.rustc).args(args));
+    let minor = ask(&["--version"]).and_then(|text| {
+        let version = text.split(' ').nth(1)?;
+        version.strip_prefix("1.")?.split('.').next()?.parse::<u32>().ok()
+    });
+    let has_sources = |sysroot: String| {
+        Path::new(&sysroot).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists()
+    };
+    minor.is_some_and(|minor| minor >= RUSTC_MINOR_MIN)
+        && toolchain.cargo.exists()
+        && ask(&["--print", "sysroot"]).is_some_and(has_sources)
+}
+
+/// What a command prints, if it succeeds.
+fn stdout_of(command: &mut Command) -> Option<String> {
+    let output = command.output().ok().filter(|output| output.status.success())?;
+    Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// The PTX of all targets, which are compiled side by side; ends the build on an error.
+fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
+    let results: Vec<Result<String, String>> = std::thread::scope(|scope| {
+        let compile = |(target, flags)| {
+            scope.spawn(move || {
+                compile(toolchain, target, flags, out).and_then(|text| finish(&text))
+            })
+        };
+        let threads = TARGETS.map(compile);
+        let panicked = |_| Err("the thread that compiles it has panicked".to_owned());
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+    });
+    let named = results.into_iter().zip(TARGETS);
+    named
+        .map(|(result, (target, _))| {
+            result.unwrap_or_else(|message| {
+                fail(&format!("device/ does not compile to PTX for {target}: {message}"))
+            })
+        })
+        .collect()
+}
+
+/// The assembly of the device crate for one target.
 fn compile(toolchain: &Toolchain, target: &str, flags: &str, out: &Path) -> Result<String, String> {
     let folder = out.join(target);
+    let run = |network: &[&str]| -> Result<Output, String> {
+        let mut command = cargo(toolchain, target, flags, &folder);
+        command.args(network).args(["--", "--emit=asm", "-Clinker=true"]);
+        command.arg("-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false");
+        let shown = toolchain.cargo.display();
+        command.output().map_err(|error| format!("{shown}: {error}"))
+    };
+    // What this build needs has mostly been downloaded for the host already; only a new home of
+    // cargo lacks what `core` needs on top.
+    let mut output = run(&["--offline"])?;
+    if !output.status.success() && String::from_utf8_lossy(&output.stderr).contains("--offline") {
+        output = run(&[])?;
+    }
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        eprintln!("{stderr}");
+        let is_error = |line: &&str| line.starts_with("error");
+        return Err(stderr.lines().find(is_error).unwrap_or("cargo fails without an error").into());
+    }
+    let assembly = folder.join("nvptx64-nvidia-cuda/release/deps/tilert_mk_device.s");
+    std::fs::read_to_string(&assembly).map_err(|error| format!("{}: {error}", assembly.display()))
+}
+
+/// `cargo rustc` for the device crate, up to the arguments of rustc.
+fn cargo(toolchain: &Toolchain, target: &str, flags: &str, folder: &Path) -> Command {
     let rustflags = format!(
         "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={target} \
          -Ctarget-feature=+ptx80 {flags}"
     );
     let mut command = Command::new(&toolchain.cargo);
-    // What cargo tells this script's own compiler must not reach the other one.
     for (name, _) in std::env::vars_os() {
-        let name = name.to_string_lossy().into_owned();
-        if name.starts_with("CARGO") && name != "CARGO_HOME" || name.starts_with("RUST") {
-            command.env_remove(name);
+        let text = name.to_string_lossy();
+        let is_kept = KEPT_VARIABLES.iter().any(|kept| text.starts_with(kept));
+        if !is_kept && (text.starts_with("CARGO") || text.starts_with("RUST")) {
+            command.env_remove(&name);
         }
     }
     command
         .env("RUSTC", &toolchain.rustc)
+        // `core` is built from source with a compiler that may call itself stable.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTFLAGS", rustflags)
         .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "none")
+        // There is no linker for this target, and none is needed: the assembly is complete.
         .args(["rustc", "--release", "--locked", "--package", "tilert-mk-device"])
         .args(["--crate-type", "cdylib", "--target", "nvptx64-nvidia-cuda", "-Zbuild-std=core"])
         .arg("--target-dir")
-        .arg(&folder)
-        // There is no linker for this target, and none is needed: the assembly is complete.
-        .args([
-            "--",
-            "--emit=asm",
-            "-Clinker=true",
-            "-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false",
-        ]);
-    let output = command.output().map_err(|error| error.to_string())?;
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).replace('\n', " | "));
-    }
-    let deps = folder.join("nvptx64-nvidia-cuda/release/deps/tilert_mk_device.s");
-    std::fs::read_to_string(&deps).map_err(|error| format!("{}: {error}", deps.display()))
+        .arg(folder);
+    command
 }
 
 /// Checks that the text needs nothing from elsewhere, and states the size of a block.

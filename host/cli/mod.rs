@@ -4,6 +4,7 @@
 //! `error: `. Exit codes: 0 done, 1 failed, 2 the command line makes no sense.
 
 mod chat;
+mod doctor;
 mod inspect;
 mod launch;
 mod output;
@@ -31,6 +32,8 @@ Examples:
   tilert-mk launch --model ./Qwen3-0.6B --prompt 'The capital of France is' --max-tokens 32
   tilert-mk inspect --model ./Qwen3-0.6B
       Sizes, tasks and the bandwidth floor on this machine.
+  tilert-mk doctor
+      What was found of CPU, memory, driver and GPUs, and what is missing.
 
 Exit codes: 0 done, 1 failed, 2 usage.";
 
@@ -48,6 +51,8 @@ enum Command {
     Launch(Box<launch::LaunchArgs>),
     /// Print a model's sizes, its tile program and the bandwidth floor on this machine.
     Inspect(inspect::InspectArgs),
+    /// Print what was found of this machine, and what is missing.
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Which model runs, and on what.
@@ -134,6 +139,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Command::Launch(args) => launch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -162,7 +168,7 @@ fn status(line: &str) {
 fn usage_message(error: &clap::Error) -> String {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand) {
-        return "a subcommand is needed: launch or inspect (see --help)".to_owned();
+        return "a subcommand is needed: launch, inspect or doctor (see --help)".to_owned();
     }
     let rendered = error.render().to_string();
     let is_usage =

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 /// Name of the kernel in the embedded PTX.
 const ENTRY: &str = "tilert_mk";
 /// Environment variable that names PTX to use instead of the embedded one.
-const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
+pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 /// Weight bytes of a linear task at most: what `TILE_ROWS_MAX` leaves.
 const TILE_BYTES: u64 = 1 << 20;
 /// Bytes of one upload: the driver stages pageable memory in pieces of about this size.
@@ -36,6 +36,11 @@ pub fn kernels() -> impl Iterator<Item = (u32, &'static str)> {
     ]
     .into_iter()
     .filter(|(_, text)| !text.is_empty())
+}
+
+/// The embedded PTX for a GPU of this compute capability, and the capability it was made for.
+pub fn fitting_kernel(capability: u32) -> Option<(u32, &'static str)> {
+    kernels().find(|(lowest, _)| *lowest <= capability)
 }
 
 /// What was found of a GPU.
@@ -122,8 +127,7 @@ fn kernel_text(gpu: &Gpu) -> Result<String> {
     if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
         return std::fs::read_to_string(&path).map_err(|error| Error::file(path, error));
     }
-    let fitting = kernels().find(|(capability, _)| *capability <= gpu.capability);
-    fitting.map(|(_, text)| text.to_owned()).ok_or_else(|| {
+    fitting_kernel(gpu.capability).map(|(_, text)| text.to_owned()).ok_or_else(|| {
         let message = if kernels().next().is_none() {
             "this build has no GPU kernel: it was built without the device toolchain (README)"
         } else {
@@ -344,6 +348,22 @@ impl Drop for CudaDevice {
             let _ = stream::destroy(self.copy_stream);
             let _ = result::module::unload(self.module);
             let _ = primary_ctx::release(self.device);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn embedded_ptx_is_for_its_chip_and_for_blocks_of_our_size() {
+        for (capability, text) in kernels() {
+            for line in
+                [format!(".target sm_{capability}\n"), format!(".maxntid {BLOCK_THREADS}, 1, 1\n")]
+            {
+                assert!(text.contains(&line), "{line:?} is not in the PTX for sm_{capability}");
+            }
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod survey;
 
 use tilert_mk_shared::program::ProgramHeader;
 
