@@ -134,5 +134,5 @@ pub const fn shared_bytes(page_count: u32, input_values: u32) -> u32 {
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
-const _: () = assert!(PARTIALS % 128 == 0 && PRODUCTS % 128 == 0 && INPUTS % 128 == 0);
+const _: () = assert!((PARTIALS | PRODUCTS | INPUTS).is_multiple_of(128));
 const _: () = assert!(page_count(99 << 10, INPUT_VALUES_MIN).is_some(), "GPUs with 99 KiB a block have a ring");
