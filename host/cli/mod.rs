@@ -3,6 +3,7 @@
 //! Output goes to stdout; status and errors go to stderr. Every error is one line that begins with
 //! `error: `. Exit codes: 0 done, 1 failed, 2 the command line makes no sense.
 
+mod bench;
 mod chat;
 mod inspect;
 mod launch;
@@ -31,6 +32,8 @@ Examples:
   tilert-mk launch --model ./Qwen3-0.6B --prompt 'The capital of France is' --max-tokens 32
   tilert-mk inspect --model ./Qwen3-0.6B
       Sizes, tasks and the bandwidth floor on this machine.
+  tilert-mk bench decode --model ./Qwen3-0.6B
+      Time per token, and its share of the memory's bandwidth.
 
 Exit codes: 0 done, 1 failed, 2 usage.";
 
@@ -48,6 +51,8 @@ enum Command {
     Launch(Box<launch::LaunchArgs>),
     /// Print a model's sizes, its tile program and the bandwidth floor on this machine.
     Inspect(inspect::InspectArgs),
+    /// Measure decoding, or the memory under it.
+    Bench(bench::BenchArgs),
 }
 
 /// Which model runs, and on what.
@@ -110,10 +115,11 @@ impl ModelArgs {
             bar.set_style(style);
         }
         let device = self.device.open()?;
-        let engine = Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
-            bar.set_length(total_bytes);
-            bar.set_position(done_bytes);
-        });
+        let engine =
+            Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
+                bar.set_length(total_bytes);
+                bar.set_position(done_bytes);
+            });
         bar.finish_and_clear();
         engine
     }
@@ -133,6 +139,7 @@ pub fn run() -> ExitCode {
     let result = match cli.command {
         Command::Launch(args) => launch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -161,7 +168,9 @@ fn status(line: &str) {
 fn usage_message(error: &clap::Error) -> String {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand) {
-        return "a subcommand is needed: launch or inspect (see --help)".to_owned();
+        return "a subcommand is needed: launch, inspect, bench decode or bench bandwidth \
+                (see --help)"
+            .to_owned();
     }
     let rendered = error.render().to_string();
     let is_usage =
