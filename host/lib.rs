@@ -1,5 +1,6 @@
 //! The host side of tilert-mk: loads weights, feeds tokens, and reports.
 
+mod bandwidth;
 pub mod chat_template;
 pub mod cli;
 pub mod driver;

@@ -46,21 +46,27 @@ impl Metrics {
         let decode_count = token_times_ns.len() - 1;
         Metrics {
             ttft_us: Some(micros(first.saturating_sub(submitted_ns))),
-            tpot_us: tpot(token_times_ns),
+            tpot_us: tpot(intervals_ns(token_times_ns)),
             tokens_per_second: (decode_ns > 0)
                 .then(|| decode_count as f64 * 1e9 / decode_ns as f64),
         }
     }
 }
 
-fn tpot(token_times_ns: &[u64]) -> TpotUs {
+/// Times between neighbouring tokens that were made at `token_times_ns`.
+pub(crate) fn intervals_ns(token_times_ns: &[u64]) -> impl Iterator<Item = u64> {
+    token_times_ns.windows(2).map(|pair| pair[1].saturating_sub(pair[0]))
+}
+
+/// Quantiles of the times between tokens.
+pub(crate) fn tpot(intervals_ns: impl Iterator<Item = u64>) -> TpotUs {
     // Constant bounds, accepted by the test below; without a histogram there is nothing to report.
     let histogram = Histogram::<u64>::new_with_bounds(1, INTERVAL_NS_MAX, SIGNIFICANT_DIGITS);
     let Ok(mut histogram) = histogram else {
         return TpotUs::default();
     };
-    for pair in token_times_ns.windows(2) {
-        histogram.saturating_record(pair[1].saturating_sub(pair[0]));
+    for interval_ns in intervals_ns {
+        histogram.saturating_record(interval_ns);
     }
     if histogram.is_empty() {
         return TpotUs::default();

@@ -6,14 +6,17 @@
 //! Used by tests; sizes come from a parsed `ModelConfig`, tensors are untrusted.
 
 mod ops;
+mod sample;
 
 use crate::config::ModelConfig;
 use crate::rope;
 use crate::weights::WeightSource;
 
 pub use ops::{
-    AttentionShape, add, argmax, attention, dot, embed, matvec, rms_norm, rope, silu_mul, softmax,
+    AttentionShape, add, argmax, attention, dot, embed, matvec, merge, rms_norm, rope, silu_mul,
+    softmax,
 };
+pub use sample::{penalise, sample};
 
 /// Why the reference could not be made from a set of weights.
 #[derive(Debug, thiserror::Error)]

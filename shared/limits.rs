@@ -33,7 +33,7 @@ pub const WAIT_NS_MAX: u64 = 20_000_000_000;
 
 const _: () = assert!(DECODE_TOKENS_MAX <= STEP_TOKENS_MAX);
 const _: () = assert!(SLOT_COUNT_MAX <= STEP_TOKENS_MAX, "one decode row per slot fits a step");
-// Each slot has at most one start and one cancel in flight, so a command always finds room.
+// A start and a cancel of each slot find room; the host waits before it writes more.
 const _: () = assert!(2 * SLOT_COUNT_MAX <= COMMAND_COUNT_MAX);
 // One step publishes at most a token and an end for each of its rows.
 const _: () = assert!(2 * STEP_TOKENS_MAX < OUTPUT_COUNT_MAX);

@@ -143,6 +143,6 @@ pub const fn ring(input_bytes: u32) -> u32 {
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
-const _: () = assert!(PARTIALS.is_multiple_of(128) && PRODUCTS.is_multiple_of(128));
+const _: () = assert!((PARTIALS | PRODUCTS | INPUTS).is_multiple_of(128));
 const _: () =
     assert!(SharedPlan::new(99 << 10, 8192).is_some(), "GPUs with 99 KiB a block have a ring");

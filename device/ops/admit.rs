@@ -47,7 +47,11 @@ fn look<M: Machine>(worker: &Worker<M>) -> u32 {
     if worker.has_stopped() { STOP } else { NOTHING }
 }
 
-/// Whether the outputs of one more step fit, and all rows of logits have been taken.
+/// Whether the outputs of one more step fit, and all rows of logits have been taken. For the
+/// leader.
+///
+/// A sequence that has ended may have rows that the host has yet to take, so its flag counts until
+/// the ring has been empty once.
 #[inline(always)]
 fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
     let tail = worker.mailbox_word(offset_of!(Mailbox, output_tail)).load_relaxed();
@@ -56,8 +60,11 @@ fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
     let mut wants_logits = false;
     let states = super::sequences(worker);
     for slot in 0..states.len() {
-        let state = states.get(slot);
-        wants_logits |= state.is_active != 0 && state.params.flags & WANT_LOGITS != 0;
+        let state = states.get_mut(slot);
+        if state.is_active == 0 && pending == 0 {
+            state.params.flags &= !WANT_LOGITS;
+        }
+        wants_logits |= state.params.flags & WANT_LOGITS != 0;
     }
     if wants_logits { pending == 0 } else { pending + 3 * STEP_TOKENS_MAX < OUTPUT_COUNT_MAX }
 }

@@ -123,7 +123,7 @@ fn format_count(count: u64) -> String {
 }
 
 /// Bytes for people, in powers of ten as bandwidth is.
-fn format_bytes(bytes: u64) -> String {
+pub(super) fn format_bytes(bytes: u64) -> String {
     match bytes {
         0..1_000 => format!("{bytes} B"),
         1_000..1_000_000 => format!("{:.2} kB", bytes as f64 / 1e3),

@@ -3,6 +3,7 @@
 //! Output goes to stdout; status and errors go to stderr. Every error is one line that begins with
 //! `error: `. Exit codes: 0 done, 1 failed, 2 the command line makes no sense.
 
+mod bench;
 mod chat;
 mod doctor;
 mod inspect;
@@ -34,6 +35,8 @@ Examples:
       Sizes, tasks and the bandwidth floor on this machine.
   tilert-mk doctor
       What was found of CPU, memory, driver and GPUs, and what is missing.
+  tilert-mk bench decode --model ./Qwen3-0.6B
+      Time per token, and its share of the memory's bandwidth.
 
 Exit codes: 0 done, 1 failed, 2 usage.";
 
@@ -53,6 +56,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Print what was found of this machine, and what is missing.
     Doctor(doctor::DoctorArgs),
+    /// Measure decoding, or the memory under it.
+    Bench(bench::BenchArgs),
 }
 
 /// Which model runs, and on what.
@@ -140,6 +145,7 @@ pub fn run() -> ExitCode {
         Command::Launch(args) => launch::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -168,7 +174,9 @@ fn status(line: &str) {
 fn usage_message(error: &clap::Error) -> String {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand) {
-        return "a subcommand is needed: launch, inspect or doctor (see --help)".to_owned();
+        return "a subcommand is needed: launch, inspect, doctor, bench decode or bench bandwidth \
+                (see --help)"
+            .to_owned();
     }
     let rendered = error.render().to_string();
     let is_usage =

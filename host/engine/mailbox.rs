@@ -36,13 +36,24 @@ impl Engine {
         row.sub(0, prompt.len()).as_mut_slice().copy_from_slice(prompt);
     }
 
-    /// Writes a command for a slot.
+    /// Writes a command for a slot; waits while the ring is full.
+    ///
+    /// Bounds: the device reads all commands before each step, whatever outputs wait for the host,
+    /// so the wait is as long as a step, or as the limit after which a step is a fault.
     pub(super) fn command(&self, kind: CommandKind, slot: u32, params: SequenceParams) {
         let ring = self.header.mailbox + offset_of!(Mailbox, commands) as u64;
         // SAFETY: the ring is in the mailbox; the device does not read past `command_tail`.
         let ring: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
         let tail_word = self.word(offset_of!(Mailbox, command_tail));
         let tail = tail_word.load_relaxed();
+        let head_word = self.word(offset_of!(Mailbox, command_head));
+        while tail.wrapping_sub(head_word.load_acquire()) >= COMMAND_COUNT_MAX {
+            // Nobody reads the commands of a device that has stopped; `poll` reports it.
+            if self.check_fault().is_err() {
+                return;
+            }
+            std::thread::yield_now();
+        }
         let command = Command { kind: kind as u32, slot, params };
         ring.write((tail % COMMAND_COUNT_MAX) as usize, command);
         tail_word.store_release(tail.wrapping_add(1));

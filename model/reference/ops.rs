@@ -124,6 +124,26 @@ pub fn attention(shape: &AttentionShape, query: &[f32], keys: &[f32], values: &[
     result
 }
 
+/// Attention of one head from its parts: of each `[head_dim]` values weighted by `exp(score -
+/// largest)`, then the largest score, then the sum of the weights.
+///
+/// Shapes:  each part `[head_dim + 2]`; result `[head_dim]`.
+/// Numerics: f64, one rounding.
+/// Source:  Milakov and Gimelshein 2018.
+pub fn merge(parts: &[&[f32]]) -> Vec<f32> {
+    let Some(head_dim) = parts.first().map(|part| part.len() - 2) else { return Vec::new() };
+    let largest = parts.iter().map(|part| part[head_dim]).fold(f32::NEG_INFINITY, f32::max);
+    let (mut sums, mut total) = (vec![0f64; head_dim], 0f64);
+    for part in parts {
+        let weight = (f64::from(part[head_dim]) - f64::from(largest)).exp();
+        total += weight * f64::from(part[head_dim + 1]);
+        for (sum, value) in sums.iter_mut().zip(*part) {
+            *sum += weight * f64::from(*value);
+        }
+    }
+    sums.iter().map(|sum| (sum / total) as f32).collect()
+}
+
 /// The rows of one key/value head, oldest position first.
 fn visible(
     cache: &[f32],
@@ -200,6 +220,15 @@ mod tests {
         assert_eq!(attention(&shape, &[0.0; 4], &keys, &values), [4.0, 4.0, 40.0, 40.0]);
         shape.sliding_window = Some(1);
         assert_eq!(attention(&shape, &[0.0; 4], &keys, &values), [6.0, 6.0, 60.0, 60.0]);
+    }
+
+    #[test]
+    fn merging_parts_is_attending_to_all() {
+        // Weights 1 and 1/2 of the first part, 1 and 1 of the second, whose scores are ln 2 lower.
+        let ln_2 = std::f32::consts::LN_2;
+        let merged = merge(&[&[1.0 + 4.0, ln_2, 1.5], &[6.0 + 8.0, 0.0, 2.0]]);
+        assert!((merged[0] - (5.0 + 7.0) / 2.5).abs() < 1e-6, "{merged:?}");
+        assert!(merge(&[]).is_empty());
     }
 
     #[test]

@@ -68,7 +68,6 @@ impl PtxDevice {
             stall_steps: 4_000_000,
             ns_per_step: 10,
             step_limit: STEP_LIMIT,
-            ..VmConfig::default()
         });
         let device = vm.add_device("gpu 0");
         vm.set_annotator(|view| {

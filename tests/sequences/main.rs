@@ -1,0 +1,5 @@
+//! Sequences beside each other: none changes a bit of another, and each ends in its own way.
+
+mod company;
+mod play;
+mod sampling;
