@@ -12,7 +12,7 @@ use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::STEP_TOKENS_MAX;
 use tilert_mk_shared::mailbox::Mailbox;
-use tilert_mk_shared::program::{Dims, HeapPlan, ProgramHeader};
+use tilert_mk_shared::program::{Dims, HeapPlan, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{NO_LOGITS, StepState, StepToken};
 use tilert_mk_shared::task::{Task, WeightFormat};
 
@@ -102,7 +102,7 @@ pub(crate) fn dims(hidden_dim: u32, heads: [u32; 3], context_max: u32) -> Dims {
         step_tokens_max: STEP_TOKENS_MAX,
         task_rows_max: 64,
         prologue_dim_max: hidden_dim.max(head_count * head_dim),
-        reserved: 0,
+        sample_bin_count: SAMPLE_BIN_COUNT as u32,
         kv: KvGeometry {
             layer_count: 2,
             slot_count: 3,
