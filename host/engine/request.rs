@@ -1,0 +1,165 @@
+//! What callers say to an engine and hear from it.
+
+use std::path::Path;
+
+use tilert_mk_shared::limits::{STEP_TOKENS_MAX, WAIT_NS_MAX};
+use tilert_mk_shared::sample::SamplingParams;
+
+use crate::driver::Device;
+use crate::driver::cpu::CpuDevice;
+use crate::driver::cuda::CudaDevice;
+use crate::error::Result;
+
+/// Where a model comes from.
+pub enum ModelSource<'a> {
+    /// The demo model in the binary.
+    Embedded,
+    /// A checkpoint directory.
+    Directory(&'a Path),
+}
+
+/// Which device runs the program.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum DeviceKind {
+    /// The first GPU that can run the kernel, or else the CPU.
+    Auto,
+    /// One thread for each worker.
+    Cpu,
+    /// The first NVIDIA GPU: one block for each worker.
+    Cuda,
+}
+
+impl DeviceKind {
+    /// Opens the device.
+    ///
+    /// Errors: a GPU that was asked for by name and cannot be used.
+    pub fn open(self) -> Result<Box<dyn Device>> {
+        match self {
+            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new())),
+            DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(0)?)),
+            DeviceKind::Auto => match CudaDevice::open(0) {
+                Ok(device) => Ok(Box::new(device)),
+                Err(_) => Ok(Box::new(CpuDevice::new())),
+            },
+        }
+    }
+}
+
+/// How weights come into memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum LoadMode {
+    /// Used in place from the mapped file, on the CPU; uploaded from it, on a GPU.
+    Map,
+    /// Copied once into huge pages.
+    Copy,
+    /// Random values in the shapes of config.json, for benchmarks.
+    Dummy,
+}
+
+/// What the user decides about an engine.
+pub struct EngineOptions {
+    /// Workers; what the device prefers if none.
+    pub workers: Option<u32>,
+    /// Positions per sequence; at most 4096 of the model's if none.
+    pub max_context: Option<u32>,
+    /// Sequences resident at once.
+    pub slots: u32,
+    /// Tokens of a step at most, from 1 to `STEP_TOKENS_MAX`; fewer where the device has a limit.
+    pub step_tokens: u32,
+    /// Where weights are kept.
+    pub load: LoadMode,
+    /// Steps that the trace keeps; 0 for no trace.
+    pub trace_steps: u32,
+    /// Time after which a wait inside a step is a fault.
+    pub wait_ns_max: u64,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        EngineOptions {
+            workers: None,
+            max_context: None,
+            slots: 1,
+            step_tokens: STEP_TOKENS_MAX,
+            load: LoadMode::Map,
+            trace_steps: 0,
+            wait_ns_max: WAIT_NS_MAX,
+        }
+    }
+}
+
+/// One request.
+pub struct Request<'a> {
+    /// Token ids.
+    pub prompt: &'a [u32],
+    /// Tokens to generate at most.
+    pub max_tokens: u32,
+    /// Tokens that end the answer.
+    pub stop_ids: &'a [u32],
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+    /// Whether `Event::Logits` is wanted for each position.
+    pub want_logits: bool,
+}
+
+/// What happens while requests run.
+pub enum Event<'a> {
+    /// A token was generated, at `time_ns` of the engine's clock.
+    Token {
+        /// The token.
+        id: u32,
+        /// When.
+        time_ns: u64,
+    },
+    /// The logits of a position, in order of positions.
+    Logits {
+        /// The position.
+        position: u32,
+        /// `[vocab_size]`.
+        row: &'a [f32],
+    },
+    /// The answer is complete; its slot is free.
+    End(FinishReason),
+    /// Nothing for a while.
+    Idle,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// `max_tokens` were generated.
+    Length,
+    /// A stop id was generated.
+    Stop,
+    /// The caller ended it.
+    Cancelled,
+    /// The logits of this position were not numbers.
+    NotANumber {
+        /// The position.
+        position: u32,
+    },
+}
+
+impl FinishReason {
+    /// The word for JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            FinishReason::Length => "length",
+            FinishReason::Stop => "stop",
+            FinishReason::Cancelled => "cancelled",
+            FinishReason::NotANumber { .. } => "not-a-number",
+        }
+    }
+}
+
+/// A finished answer.
+pub struct Completion {
+    /// The generated tokens.
+    pub ids: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// When it was submitted, on the engine's clock.
+    pub submitted_ns: u64,
+    /// When each token was generated.
+    pub token_times_ns: Vec<u64>,
+}
