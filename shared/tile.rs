@@ -77,11 +77,11 @@ pub const EMPTY_BARRIERS: u32 = FULL_BARRIERS + PAGE_COUNT_MAX * 8;
 pub const TASK_FULL_BARRIERS: u32 = EMPTY_BARRIERS + PAGE_COUNT_MAX * 8;
 /// Offset of the task slots' "empty" barriers.
 pub const TASK_EMPTY_BARRIERS: u32 = TASK_FULL_BARRIERS + TASK_SLOT_COUNT * 8;
-/// Offset of four words: two for the leader's results, one that says that the block stops, the index
-/// of the task that runs.
+/// Offset of six words: two for the leader's results in ops, one that says that the block stops, the
+/// index of the task that runs, two for the leader's results between ops.
 pub const WORDS: u32 = TASK_EMPTY_BARRIERS + TASK_SLOT_COUNT * 8;
 /// Offset of the program header.
-pub const HEADER: u32 = (WORDS + 16).next_multiple_of(8);
+pub const HEADER: u32 = (WORDS + 24).next_multiple_of(8);
 /// Offset of the task slots.
 pub const TASK_SLOTS: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(128);
 /// Offset of `[SAMPLE_BIN_COUNT] u64` bins, or `[tokens, COMPUTE_WARPS] f32` sums.

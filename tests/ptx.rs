@@ -185,3 +185,22 @@ fn planted_mistakes_are_found() {
         assert!(lines.iter().any(|line| line.contains("task")), "{what}: {lines:?}");
     }
 }
+
+#[test]
+fn a_stalled_worker_is_named_with_what_it_waits_for() {
+    // Block 1 never computes: its warps wait for each other at a barrier of more threads.
+    let (text, shared_bytes) = kernel(90);
+    let begin = text.find("tilert_mk(").expect("the kernel's entry");
+    let barrier = "barrier.cta.sync 0;";
+    let place = begin + text[begin..].find(barrier).expect("the block's first barrier");
+    let stall = "{ .reg .pred stalls; .reg .b32 block; mov.u32 block, %ctaid.x;\n\
+                 setp.ne.u32 stalls, block, 0;\n\
+                 STALL: @stalls nanosleep.u32 1000;\n@stalls bra STALL; }";
+    let text = format!("{}{barrier}\n{stall}{}", &text[..place], &text[place + barrier.len()..]);
+    let options = PtxOptions { text, workers: 2, shared_bytes, seed: 3 };
+    let (device, _) = PtxDevice::new(options);
+    let error = run("qwen3", "bf16", Box::new(device), 8).err().expect("the run cannot end");
+    let message = error.to_string();
+    println!("{message}");
+    assert!(message.contains("worker 0 waited too long before `layer 0"), "{message}");
+}

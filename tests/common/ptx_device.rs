@@ -1,6 +1,6 @@
 //! The interpreter as a device: the engine drives the shipped PTX as it drives a GPU.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -17,6 +17,8 @@ const BURST_STEPS: u64 = 20_000;
 /// Warp instructions of a run at most; an idle kernel looks at its mailbox for as long as the host is
 /// slow.
 const STEP_LIMIT: u64 = 2_000_000_000;
+/// Bursts after which a kernel that has been told to stop is left as it is.
+const STOP_BURSTS: u64 = 500;
 /// Where the interpreter puts dynamic shared memory.
 const SHARED_FIRST: u32 = 1024;
 
@@ -53,6 +55,9 @@ pub(crate) struct PtxDevice {
     shared: Vec<HostMemory>,
     runner: Option<JoinHandle<()>>,
     has_ended: Arc<AtomicBool>,
+    has_findings: Arc<AtomicBool>,
+    /// Bursts that the kernel may still run.
+    bursts_left: Arc<AtomicU64>,
     report: Arc<Mutex<Report>>,
 }
 
@@ -65,7 +70,7 @@ impl PtxDevice {
         let mut vm = Vm::new(VmConfig {
             seed: options.seed,
             checks: Checks::ALL,
-            stall_steps: 4_000_000,
+            stall_steps: 20_000_000,
             ns_per_step: 10,
             step_limit: STEP_LIMIT,
         });
@@ -94,6 +99,8 @@ impl PtxDevice {
             shared: Vec::new(),
             runner: None,
             has_ended: Arc::new(AtomicBool::new(false)),
+            has_findings: Arc::new(AtomicBool::new(false)),
+            bursts_left: Arc::new(AtomicU64::new(u64::MAX)),
             report: report.clone(),
         };
         (device, report)
@@ -181,9 +188,14 @@ impl Device for PtxDevice {
         );
         launched.map_err(wrap)?;
         let (vm, has_ended) = (self.vm.clone(), self.has_ended.clone());
+        let (bursts_left, has_findings) = (self.bursts_left.clone(), self.has_findings.clone());
         self.runner = Some(std::thread::spawn(move || {
-            loop {
-                let state = vm.lock().expect("the device has not panicked").run(BURST_STEPS);
+            while bursts_left.fetch_sub(1, Ordering::Relaxed) > 0 {
+                let mut vm = vm.lock().expect("the device has not panicked");
+                let state = vm.run(BURST_STEPS);
+                // Told by flags: the host must not wait for the lock, which is hardly ever free.
+                has_findings.store(!vm.findings().is_empty(), Ordering::Release);
+                drop(vm);
                 if state != RunState::Running {
                     break;
                 }
@@ -196,18 +208,23 @@ impl Device for PtxDevice {
 
     fn check(&self) -> Result<()> {
         // One finding is enough: what a broken kernel does after it may take for ever.
-        let finding = self.vm().findings().first().map(ToString::to_string);
-        match finding {
-            Some(finding) => Err(Error::Fault(finding)),
-            None if self.has_ended.load(Ordering::Acquire) => {
-                Err(Error::Fault("the kernel has ended".into()))
-            }
-            None => Ok(()),
+        if self.has_findings.load(Ordering::Acquire) {
+            self.bursts_left.store(0, Ordering::Relaxed);
+            let finding = self.vm().findings().first().map(ToString::to_string);
+            return Err(Error::Fault(finding.unwrap_or_default()));
         }
+        if self.has_ended.load(Ordering::Acquire) {
+            return Err(Error::Fault("the kernel has ended".into()));
+        }
+        Ok(())
     }
 
     fn join(&mut self) {
         if let Some(runner) = self.runner.take() {
+            // The kernel has been told to stop; a broken one need not obey.
+            let is_broken = self.has_findings.load(Ordering::Acquire);
+            let bursts = if is_broken { 0 } else { STOP_BURSTS };
+            self.bursts_left.store(bursts, Ordering::Relaxed);
             runner.join().expect("the interpreter has not panicked");
             let mut vm = self.vm.lock().expect("the interpreter has not panicked");
             vm.expect_finished();

@@ -48,17 +48,21 @@ pub struct Block {
     pub pages: PageCursor,
     /// Shared address of the slot of the task that runs.
     pub slot: Cell<u32>,
+    /// Offset of the leader's next word.
     lead_word: Cell<u32>,
 }
 
 impl Block {
-    /// The block whose memory begins at `shared`.
+    /// The block whose memory begins at `shared`; `lead_word` is the first of two words for the
+    /// leader's results. An op and the loop around it have two each: the op's first result may come
+    /// when a lane has not yet read the loop's last one.
     #[inline(always)]
     pub fn new(
         thread_idx: u32,
         shared: u32,
         header: &ProgramHeader,
         format: WeightFormat,
+        lead_word: u32,
     ) -> Block {
         let pages = PageCursor::new(shared, header);
         let (input_bytes, layout) = (header.input_bytes, Cell::new(Layout::Far));
@@ -70,7 +74,7 @@ impl Block {
             layout,
             pages,
             slot: Cell::new(0),
-            lead_word: Cell::new(0),
+            lead_word: Cell::new(lead_word),
         }
     }
 

@@ -28,7 +28,7 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     }
     sync_block();
     let header = loader::header(shared);
-    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16);
+    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16, 16);
     // SAFETY: by this function's contract; blocks have different indices.
     let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
     if thread_idx < COMPUTE_LANES {

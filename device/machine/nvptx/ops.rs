@@ -42,7 +42,7 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
 fn with_worker(slot: u32, kept: u64, opcode: Opcode, format: WeightFormat) -> (bool, u64) {
     let shared = shared_base();
     let header = header(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header, format);
+    let block = Block::new(sreg::thread_idx(), shared, header, format, 0);
     block.pages.go_to(slot);
     // SAFETY: words of the slot, which is full while the op runs.
     let (task_idx, epoch) = unsafe {
