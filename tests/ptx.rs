@@ -20,7 +20,6 @@ const SHARED_BYTES: [(u32, u32); 2] = [(90, 227 << 10), (80, 163 << 10)];
 const TOLERANCE: f32 = 1e-4;
 
 /// What one run produces.
-#[derive(PartialEq)]
 struct Output {
     ids: Vec<u32>,
     rows: Vec<Vec<f32>>,
@@ -105,15 +104,6 @@ fn every_family_and_format_agrees_with_the_cpu() {
                 assert_close(&found, &expected);
             }
         }
-    }
-}
-
-#[test]
-fn widths_workers_and_schedules_leave_the_bits_alone() {
-    let expected = run_ptx(["qwen3", "bf16"], 90, 2, 8, 0);
-    for (seed, (width, workers)) in (1..).zip([(1, 1), (2, 3), (3, 2), (5, 5), (8, 1), (8, 2)]) {
-        let found = run_ptx(["qwen3", "bf16"], 90, workers, width, seed);
-        assert!(found == expected, "{workers} workers, width {width} differ");
     }
 }
 
