@@ -20,6 +20,7 @@ const SHARED_BYTES: [(u32, u32); 2] = [(90, 227 << 10), (80, 163 << 10)];
 const TOLERANCE: f32 = 1e-4;
 
 /// What one run produces.
+#[derive(PartialEq)]
 struct Output {
     ids: Vec<u32>,
     rows: Vec<Vec<f32>>,
@@ -107,6 +108,15 @@ fn every_family_and_format_agrees_with_the_cpu() {
     }
 }
 
+#[test]
+fn widths_workers_and_schedules_leave_the_bits_alone() {
+    let expected = run_ptx(["qwen3", "bf16"], 90, 2, 8, 0);
+    for (seed, (width, workers)) in (1..).zip([(1, 1), (2, 3), (3, 2), (5, 5), (8, 1), (8, 2)]) {
+        let found = run_ptx(["qwen3", "bf16"], 90, workers, width, seed);
+        assert!(found == expected, "{workers} workers, width {width} differ");
+    }
+}
+
 /// A mistake planted in the PTX: what it is, the text to find, what replaces it there.
 struct Planted {
     what: &'static str,
@@ -178,7 +188,7 @@ fn planted_mistakes_are_found() {
 
 #[test]
 fn a_stalled_worker_is_named_with_what_it_waits_for() {
-    // Block 1 never computes: its warps wait for each other at a barrier of more threads.
+    // Block 1 never computes: its warps sleep for ever after the block's first barrier.
     let (text, shared_bytes) = kernel(90);
     let begin = text.find("tilert_mk(").expect("the kernel's entry");
     let barrier = "barrier.cta.sync 0;";

@@ -1,6 +1,6 @@
 //! The interpreter as a device: the engine drives the shipped PTX as it drives a GPU.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -54,8 +54,8 @@ pub(crate) struct PtxDevice {
     vm: Arc<Mutex<Vm>>,
     shared: Vec<HostMemory>,
     runner: Option<JoinHandle<()>>,
-    has_ended: Arc<AtomicBool>,
-    has_findings: Arc<AtomicBool>,
+    /// Calls of the host that wait for the machine.
+    host_waits: Arc<AtomicU32>,
     /// Bursts that the kernel may still run.
     bursts_left: Arc<AtomicU64>,
     report: Arc<Mutex<Report>>,
@@ -98,8 +98,7 @@ impl PtxDevice {
             vm: Arc::new(Mutex::new(vm)),
             shared: Vec::new(),
             runner: None,
-            has_ended: Arc::new(AtomicBool::new(false)),
-            has_findings: Arc::new(AtomicBool::new(false)),
+            host_waits: Arc::new(AtomicU32::new(0)),
             bursts_left: Arc::new(AtomicU64::new(u64::MAX)),
             report: report.clone(),
         };
@@ -107,7 +106,10 @@ impl PtxDevice {
     }
 
     fn vm(&self) -> std::sync::MutexGuard<'_, Vm> {
-        self.vm.lock().expect("no thread of the interpreter has panicked")
+        self.host_waits.fetch_add(1, Ordering::AcqRel);
+        let vm = self.vm.lock();
+        self.host_waits.fetch_sub(1, Ordering::AcqRel);
+        vm.expect("no thread of the interpreter has panicked")
     }
 }
 
@@ -187,33 +189,29 @@ impl Device for PtxDevice {
             &arguments,
         );
         launched.map_err(wrap)?;
-        let (vm, has_ended) = (self.vm.clone(), self.has_ended.clone());
-        let (bursts_left, has_findings) = (self.bursts_left.clone(), self.has_findings.clone());
+        let (vm, host_waits) = (self.vm.clone(), self.host_waits.clone());
+        let bursts_left = self.bursts_left.clone();
         self.runner = Some(std::thread::spawn(move || {
             while bursts_left.fetch_sub(1, Ordering::Relaxed) > 0 {
-                let mut vm = vm.lock().expect("the device has not panicked");
-                let state = vm.run(BURST_STEPS);
-                // Told by flags: the host must not wait for the lock, which is hardly ever free.
-                has_findings.store(!vm.findings().is_empty(), Ordering::Release);
-                drop(vm);
+                // The lock is not fair, and this thread holds it nearly always: the host goes first.
+                while host_waits.load(Ordering::Acquire) > 0 {
+                    std::thread::yield_now();
+                }
+                let state = vm.lock().expect("the device has not panicked").run(BURST_STEPS);
                 if state != RunState::Running {
                     break;
                 }
-                std::thread::yield_now();
             }
-            has_ended.store(true, Ordering::Release);
         }));
         Ok(())
     }
 
     fn check(&self) -> Result<()> {
         // One finding is enough: what a broken kernel does after it may take for ever.
-        if self.has_findings.load(Ordering::Acquire) {
-            self.bursts_left.store(0, Ordering::Relaxed);
-            let finding = self.vm().findings().first().map(ToString::to_string);
-            return Err(Error::Fault(finding.unwrap_or_default()));
+        if let Some(finding) = self.vm().findings().first() {
+            return Err(Error::Fault(finding.to_string()));
         }
-        if self.has_ended.load(Ordering::Acquire) {
+        if self.runner.as_ref().is_some_and(JoinHandle::is_finished) {
             return Err(Error::Fault("the kernel has ended".into()));
         }
         Ok(())
@@ -222,11 +220,11 @@ impl Device for PtxDevice {
     fn join(&mut self) {
         if let Some(runner) = self.runner.take() {
             // The kernel has been told to stop; a broken one need not obey.
-            let is_broken = self.has_findings.load(Ordering::Acquire);
+            let is_broken = !self.vm().findings().is_empty();
             let bursts = if is_broken { 0 } else { STOP_BURSTS };
             self.bursts_left.store(bursts, Ordering::Relaxed);
             runner.join().expect("the interpreter has not panicked");
-            let mut vm = self.vm.lock().expect("the interpreter has not panicked");
+            let mut vm = self.vm();
             vm.expect_finished();
             let mut report = self.report.lock().expect("the test has not panicked");
             report.findings = vm.findings().iter().map(|f| f.to_string()).collect();
