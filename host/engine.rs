@@ -28,7 +28,7 @@ pub use self::request::{
     Completion, DeviceKind, EngineOptions, Event, FinishReason, LoadMode, ModelSource, Request,
 };
 
-use self::bind::{bind, bytes_of, format_of, load, open_checkpoint, read_config};
+use self::bind::{bind, bytes_of, bytes_of_mut, format_of, load, open_checkpoint, read_config};
 use crate::driver::{Device, Profile};
 use crate::error::{Error, Result};
 use crate::load::DummyWeights;
@@ -51,6 +51,8 @@ pub struct Engine {
     header: ProgramHeader,
     is_busy: Vec<bool>,
     logits: Vec<f32>,
+    /// Looks at the mailbox since its last output.
+    empty_looks: u32,
     clock: Instant,
     /// What to add to the device's clock to get the engine's.
     clock_offset_ns: u64,
@@ -166,6 +168,7 @@ impl Engine {
             header,
             is_busy: vec![false; slots as usize],
             logits: vec![0.0; program.dims.vocab_size as usize],
+            empty_looks: 0,
             clock: Instant::now(),
             clock_offset_ns: 0,
             device,
@@ -309,8 +312,13 @@ impl Engine {
     /// Errors: a device that has stopped.
     pub fn poll(&mut self, on_event: &mut dyn FnMut(u32, Event<'_>)) -> Result<bool> {
         let Some(output) = self.next_output()? else {
+            self.empty_looks = self.empty_looks.wrapping_add(1);
+            if self.is_check_due() {
+                self.device.check()?;
+            }
             return Ok(false);
         };
+        self.empty_looks = 0;
         let (slot, position) = (output.slot, output.position);
         let event = match OutputKind::from_raw(output.kind) {
             Some(OutputKind::Token) => {
@@ -338,12 +346,7 @@ impl Engine {
     fn read_logits(&mut self, output: &Output) -> Result<()> {
         let offset = u64::from(output.value) * self.logits.len() as u64 * 4;
         let address = self.header.heap + self.header.plan.logits + offset;
-        let mut bytes = vec![0; self.logits.len() * 4];
-        self.device.read(address, &mut bytes)?;
-        for (value, bytes) in self.logits.iter_mut().zip(bytes.as_chunks().0) {
-            *value = f32::from_ne_bytes(*bytes);
-        }
-        Ok(())
+        self.device.read(address, bytes_of_mut(&mut self.logits))
     }
 
     /// Runs one request to its end; `on_event` may break to cancel it.
@@ -361,7 +364,7 @@ impl Engine {
             token_times_ns: Vec::with_capacity(request.max_tokens as usize),
         };
         let slot = self.submit(request)?;
-        let (mut is_cancelled, mut end, mut looks) = (false, None, 0u32);
+        let (mut is_cancelled, mut end) = (false, None);
         while end.is_none() {
             let mut flow = ControlFlow::Continue(());
             let is_news = self.poll(&mut |_, event| match event {
@@ -375,8 +378,7 @@ impl Engine {
                     flow = on_event(event);
                 }
             })?;
-            looks = if is_news { 0 } else { looks + 1 };
-            if !is_news && self.rest(looks) && !is_cancelled {
+            if !is_news && self.rest() && !is_cancelled {
                 flow = on_event(Event::Idle);
             }
             if flow.is_break() && end.is_none() {
@@ -396,13 +398,18 @@ impl Engine {
     }
 
     /// Lets time pass between looks at the mailbox; true when the caller should be asked.
-    fn rest(&self, looks: u32) -> bool {
+    fn rest(&self) -> bool {
         if self.device.profile().host_spins {
             std::hint::spin_loop();
-            return looks.is_multiple_of(LOOKS_PER_CHECK);
+        } else {
+            std::thread::sleep(POLL_SLEEP);
         }
-        std::thread::sleep(POLL_SLEEP);
-        true
+        self.is_check_due()
+    }
+
+    /// Whether to ask the driver and the caller now: not at every look of a host that spins.
+    fn is_check_due(&self) -> bool {
+        !self.device.profile().host_spins || self.empty_looks.is_multiple_of(LOOKS_PER_CHECK)
     }
 
     /// Stops the workers and waits for their ends; no request can follow.

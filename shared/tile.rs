@@ -77,11 +77,16 @@ pub const EMPTY_BARRIERS: u32 = FULL_BARRIERS + PAGE_COUNT_MAX * 8;
 pub const TASK_FULL_BARRIERS: u32 = EMPTY_BARRIERS + PAGE_COUNT_MAX * 8;
 /// Offset of the task slots' "empty" barriers.
 pub const TASK_EMPTY_BARRIERS: u32 = TASK_FULL_BARRIERS + TASK_SLOT_COUNT * 8;
-/// Offset of six words: two for the leader's results in ops, one that says that the block stops, the
-/// index of the task that runs, two for the leader's results between ops.
-pub const WORDS: u32 = TASK_EMPTY_BARRIERS + TASK_SLOT_COUNT * 8;
+/// Offset of two words for the leader's results in ops.
+pub const OP_WORDS: u32 = TASK_EMPTY_BARRIERS + TASK_SLOT_COUNT * 8;
+/// Offset of a word that is 1 once the block stops.
+pub const STOP_WORD: u32 = OP_WORDS + 8;
+/// Offset of the index of the task that runs.
+pub const TASK_WORD: u32 = STOP_WORD + 4;
+/// Offset of two words for the leader's results in the loop around ops.
+pub const LOOP_WORDS: u32 = TASK_WORD + 4;
 /// Offset of the program header.
-pub const HEADER: u32 = (WORDS + 24).next_multiple_of(8);
+pub const HEADER: u32 = (LOOP_WORDS + 8).next_multiple_of(8);
 /// Offset of the task slots.
 pub const TASK_SLOTS: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(128);
 /// Offset of `[SAMPLE_BIN_COUNT] u64` bins, or `[tokens, COMPUTE_WARPS] f32` sums.
@@ -140,6 +145,7 @@ pub const fn ring(input_bytes: u32) -> u32 {
     (INPUTS + input_bytes).next_multiple_of(128)
 }
 
+const _: () = assert!(OP_WORDS.is_multiple_of(8), "a leader's two words differ in one bit");
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);

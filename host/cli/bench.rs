@@ -10,10 +10,10 @@ use tilert_mk_shared::sample::SamplingParams;
 
 use super::ModelArgs;
 use super::inspect::format_bytes;
-use super::output::Output;
+use super::output::{Output, pretty_json};
 use crate::bandwidth::{Bandwidth, Probe};
 use crate::engine::{Engine, Request};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::metrics::{TpotUs, format_us, intervals_ns, tpot};
 
 const EXAMPLES: &str = "\
@@ -103,24 +103,17 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     let (json, text) = match &args.what {
         What::Decode(args) => {
             let figures = decode(args)?;
-            (args.json.then(|| to_json(&figures)), figures.to_text())
+            (args.json.then(|| pretty_json(&figures)), figures.to_text())
         }
         What::Bandwidth(args) => {
             let cores = std::thread::available_parallelism().map_or(1, |n| n.get() as u32);
             let threads = args.threads.unwrap_or(cores);
             let bandwidth = Probe::new(threads)?.measure();
             let text = format!("read bandwidth of {threads} threads  {}\n", shown(&bandwidth));
-            (args.json.then(|| to_json(&bandwidth)), text)
+            (args.json.then(|| pretty_json(&bandwidth)), text)
         }
     };
     Output::new().write(&json.transpose()?.unwrap_or(text)).map(|_| ())
-}
-
-fn to_json(figures: &impl Serialize) -> Result<String> {
-    let mut json = serde_json::to_string_pretty(figures)
-        .map_err(|error| Error::file("stdout", error.into()))?;
-    json.push('\n');
-    Ok(json)
 }
 
 fn shown(bandwidth: &Bandwidth) -> String {
@@ -136,7 +129,7 @@ fn decode(args: &DecodeArgs) -> Result<Figures> {
     // The first run touches all memory that a run needs; it is not counted.
     let _ = intervals(&mut engine, &prompt, args.tokens)?;
     let peak_resident_bytes = peak_resident_bytes();
-    let has_probe = engine.device_name() == "cpu";
+    let has_probe = engine.runs_on_host_memory();
     let probe = has_probe.then(|| Probe::new(engine.worker_count())).transpose()?;
     let (mut rounds, mut all_ns) = (Vec::new(), Vec::new());
     for _ in 0..args.rounds {

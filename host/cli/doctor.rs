@@ -10,10 +10,10 @@ use serde::Serialize;
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_shared::tile::{INPUT_BYTES_MAX, SharedPlan};
 
-use super::output::Output;
+use super::output::{Output, pretty_json};
 use crate::driver::cuda::{KERNEL_VARIABLE, fitting_kernel, kernels};
 use crate::driver::survey::{Survey, survey};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The lowest compute capability that any PTX is made for.
 const CAPABILITY_MIN: u32 = 80;
@@ -109,7 +109,7 @@ struct Kernel {
 /// Runs the subcommand.
 pub(super) fn run(args: &DoctorArgs) -> Result<()> {
     let findings = find();
-    let text = if args.json { to_json(&findings)? } else { to_text(&findings) };
+    let text = if args.json { pretty_json(&findings)? } else { to_text(&findings) };
     Output::new().write(&text).map(|_| ())
 }
 
@@ -249,13 +249,6 @@ fn missing(findings: &Findings) -> Vec<String> {
     lines
 }
 
-fn to_json(findings: &Findings) -> Result<String> {
-    let mut json = serde_json::to_string_pretty(findings)
-        .map_err(|error| Error::file("stdout", error.into()))?;
-    json.push('\n');
-    Ok(json)
-}
-
 /// A table for people, then what is missing.
 fn to_text(findings: &Findings) -> String {
     let Findings { cpu, memory, driver, kernel, .. } = findings;
@@ -359,7 +352,8 @@ mod tests {
         let findings = find();
         assert!(findings.cpu.cores > 0);
         assert_eq!(findings.driver.problem.is_some(), findings.driver.cuda_version.is_none());
-        let json: serde_json::Value = serde_json::from_str(&to_json(&findings).unwrap()).unwrap();
+        let json: serde_json::Value =
+            serde_json::from_str(&pretty_json(&findings).unwrap()).unwrap();
         for key in ["version", "cpu", "memory", "driver", "gpus", "kernel", "device", "missing"] {
             assert!(json.get(key).is_some(), "{key} is not in {json}");
         }

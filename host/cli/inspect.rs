@@ -4,8 +4,8 @@ use clap::Args;
 use serde::{Serialize, Serializer};
 
 use super::ModelArgs;
-use super::output::Output;
-use crate::error::{Error, Result};
+use super::output::{Output, pretty_json};
+use crate::error::Result;
 
 #[derive(Args, Debug)]
 pub(super) struct InspectArgs {
@@ -80,10 +80,7 @@ impl Summary {
             heap_bytes: self.heap_bytes(),
             floor_us_per_token: self.floor_us_per_token(),
         };
-        let mut json = serde_json::to_string_pretty(&summary)
-            .map_err(|error| Error::file("stdout", error.into()))?;
-        json.push('\n');
-        Ok(json)
+        pretty_json(&summary)
     }
 
     /// A table for people.

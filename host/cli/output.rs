@@ -13,6 +13,14 @@ use crate::logits_file::LogitsFile;
 use crate::metrics::{Metrics, TpotUs, format_us};
 use crate::tokenizer::{StopMatcher, TextStream, Tokenizer};
 
+/// A JSON object over several lines, as the figures of `--json` are printed.
+pub(super) fn pretty_json(figures: &impl Serialize) -> Result<String> {
+    let mut json = serde_json::to_string_pretty(figures)
+        .map_err(|error| Error::file("stdout", error.into()))?;
+    json.push('\n');
+    Ok(json)
+}
+
 /// Standard output. A reader that goes away ends the output, not the process.
 pub(super) struct Output {
     stdout: io::Stdout,

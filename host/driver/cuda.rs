@@ -267,28 +267,14 @@ impl Device for CudaDevice {
         let (grid, block) = ((header.worker_count, 1, 1), (BLOCK_THREADS, 1, 1));
         let (page_count, input_bytes) = (header.page_count, header.input_bytes);
         let bytes = SharedPlan { page_count, input_bytes }.shared_bytes();
-        // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
-        let launched = unsafe {
-            if self.gpu.is_cooperative {
-                result::launch_cooperative_kernel(
-                    self.kernel,
-                    grid,
-                    block,
-                    bytes,
-                    self.kernel_stream,
-                    &mut arguments,
-                )
-            } else {
-                result::launch_kernel(
-                    self.kernel,
-                    grid,
-                    block,
-                    bytes,
-                    self.kernel_stream,
-                    &mut arguments,
-                )
-            }
+        let launch: unsafe fn(_, _, _, _, _, &mut [*mut c_void]) -> _ = if self.gpu.is_cooperative {
+            result::launch_cooperative_kernel
+        } else {
+            result::launch_kernel
         };
+        // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
+        let launched =
+            unsafe { launch(self.kernel, grid, block, bytes, self.kernel_stream, &mut arguments) };
         launched.map_err(wrap("launching the kernel"))?;
         self.is_launched = true;
         Ok(())

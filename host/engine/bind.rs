@@ -17,10 +17,16 @@ pub(super) fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
     unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }
 
-/// A type whose bytes are all its values: no padding.
+/// The same, for writing.
+pub(super) fn bytes_of_mut<T: Plain>(values: &mut [T]) -> &mut [u8] {
+    // SAFETY: as for `bytes_of`, and any bytes are values of `Plain` types.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
+/// A type whose bytes are all its values, and of which any bytes are a value.
 ///
 /// # Safety
-/// The type has no padding.
+/// The type has no padding and no invalid values.
 pub(super) unsafe trait Plain {}
 
 // SAFETY: words.

@@ -59,12 +59,12 @@ impl Engine {
         tail_word.store_release(tail.wrapping_add(1));
     }
 
-    /// The oldest output that has not been consumed; a fault of the device is an error.
+    /// The oldest output that has not been consumed; a fault that the device has told is an error.
     pub(super) fn next_output(&self) -> Result<Option<Output>> {
         let head = self.word(offset_of!(Mailbox, output_head)).load_relaxed();
         let tail = self.word(offset_of!(Mailbox, output_tail)).load_acquire();
         if head == tail {
-            return self.check_fault().map(|()| None);
+            return self.check_stop().map(|()| None);
         }
         let ring = self.header.mailbox + offset_of!(Mailbox, outputs) as u64;
         // SAFETY: the ring is in the mailbox; records before `output_tail` are complete.
@@ -78,10 +78,16 @@ impl Engine {
         word.store_release(word.load_relaxed().wrapping_add(1));
     }
 
-    /// An error if the device has stopped by itself.
+    /// An error if the device has stopped by itself, whether it could tell or not.
     pub(super) fn check_fault(&self) -> Result<()> {
+        self.check_stop()?;
+        self.device.check()
+    }
+
+    /// An error if the device has told of a fault.
+    fn check_stop(&self) -> Result<()> {
         if self.word(offset_of!(Mailbox, stop)).load_acquire() != StopWord::Fault as u32 {
-            return self.device.check();
+            return Ok(());
         }
         // SAFETY: the record lives as long as the device and is complete once `stop` says so.
         let fault: Span<FaultRecord> = unsafe { Span::new(self.header.fault, 1) };

@@ -24,7 +24,7 @@ impl Summary {
             stage_count: program.stage_count,
             context_max: engine.context_max(),
             heap_regions: regions.windows(2).map(|w| (w[0].0, w[1].1 - w[0].1)).collect(),
-            read_bytes_per_second: if engine.device_name() == "cpu" {
+            read_bytes_per_second: if engine.runs_on_host_memory() {
                 Probe::new(engine.worker_count())?.measure().best_bytes_per_second
             } else {
                 0.0
@@ -34,6 +34,11 @@ impl Summary {
 }
 
 impl Engine {
+    /// Whether workers read the memory that the host reads: its bandwidth bounds them.
+    pub fn runs_on_host_memory(&self) -> bool {
+        self.header.page_count == 0
+    }
+
     /// Bytes of all weights as stored.
     pub fn weight_bytes(&self) -> u64 {
         let views = self.program.tensors.iter().filter_map(|t| self.weights.tensor(&t.name));

@@ -9,7 +9,7 @@ use tilert_mk::driver::{Device, Profile};
 use tilert_mk::error::{Error, Result};
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{
-    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX, WORDS,
+    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TASK_WORD, TILE_ROWS_MAX,
 };
 
 /// Warp instructions that run between two looks of the host.
@@ -77,7 +77,7 @@ impl PtxDevice {
         let device = vm.add_device("gpu 0");
         vm.set_annotator(|view| {
             let mut word = [0; 4];
-            let is_there = view.read_shared(SHARED_FIRST + WORDS + 12, &mut word);
+            let is_there = view.read_shared(SHARED_FIRST + TASK_WORD, &mut word);
             is_there.then(|| format!("task {}", u32::from_le_bytes(word)))
         });
         let profile = Profile {

@@ -1,6 +1,6 @@
 //! The bodies of the tile primitives, over 16 lanes that the compiler maps to vectors.
 
-use super::Matrix;
+use super::{Matrix, PREFETCH_BYTES};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
 use half::f16;
@@ -60,14 +60,22 @@ fn load<W: Stored>(values: &[W]) -> Lanes {
     lanes
 }
 
-/// Products of `R` rows with `T` inputs. The order of additions depends on neither.
+/// Products of `R` rows with `T` inputs. The order of additions depends on neither. As many bytes as
+/// it reads of `w` are requested from `ahead` on.
 #[inline(always)]
-fn dots<W: Stored, const R: usize, const T: usize>(w: [&[W]; R], x: [&[f32]; T]) -> [[f32; T]; R] {
+fn dots<W: Stored, const R: usize, const T: usize>(
+    w: [&[W]; R],
+    x: [&[f32]; T],
+    ahead: Option<*const W>,
+) -> [[f32; T]; R] {
     let len = x[0].len();
     let whole = len - len % LANES;
     let mut sums = [[[0.0f32; LANES]; T]; R];
     let mut at = 0;
     while at < whole {
+        if let Some(ahead) = ahead {
+            super::prefetch(ahead.wrapping_add(at * R) as u64, (R * LANES * size_of::<W>()) as u64);
+        }
         let inputs: [Lanes; T] = std::array::from_fn(|t| load(&x[t][at..at + LANES]));
         for r in 0..R {
             let weights = load(&w[r][at..at + LANES]);
@@ -106,7 +114,9 @@ fn block<W: Stored, const R: usize, const T: usize>(
     let w = std::array::from_fn(|r| &weights[(row + r) * in_dim..(row + r + 1) * in_dim]);
     let inputs = x.values.as_slice();
     let input = std::array::from_fn(|t| &inputs[(token + t) * x.stride..][..in_dim]);
-    let products = dots::<W, R, T>(w, input);
+    // The first tokens bring the rows into the cache for the others.
+    let ahead = (token == 0).then(|| w[0].as_ptr().wrapping_byte_add(PREFETCH_BYTES));
+    let products = dots::<W, R, T>(w, input, ahead);
     for (r, row_products) in products.iter().enumerate() {
         for (t, product) in row_products.iter().enumerate() {
             y.values.write((token + t) * y.stride + out_first + row + r, *product);
@@ -147,7 +157,7 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
 
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let [[sum]] = dots([x], [x]);
+    let [[sum]] = dots([x], [x], None);
     let scale = 1.0 / (sum / x.len() as f32 + eps).sqrt();
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = x * scale * weight;
@@ -186,7 +196,7 @@ pub(super) fn attend(
         let mut scores = [0.0f32; SCORE_BLOCK];
         let mut block_largest = largest;
         for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
-            let [[product]] = dots([key], [query]);
+            let [[product]] = dots([key], [query], None);
             *score = product * scale;
             block_largest = block_largest.max(*score);
         }

@@ -6,7 +6,7 @@ use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::{Isa, Matrix};
+use super::{Isa, Matrix, PREFETCH_BYTES};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
 
@@ -14,8 +14,6 @@ use crate::machine::{Machine, Rotation, Rows, Split};
 const IDLE_LOOKS_MAX: u32 = 200;
 /// How long it sleeps.
 const IDLE_SLEEP: Duration = Duration::from_micros(50);
-/// Bytes of a task's weights that are requested before its input is ready.
-const STAGE_BYTES: u64 = 4096;
 
 /// One thread.
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +64,7 @@ impl Machine for Thread {
 
     fn stage(&self, task: &Task) {
         if task.opcode == Opcode::Linear as u16 {
-            super::prefetch(task.segment(0).weights, STAGE_BYTES);
+            super::prefetch(task.segment(0).weights, PREFETCH_BYTES as u64);
         }
     }
 

@@ -7,7 +7,7 @@ use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, PRODUCTS, REDUCTION, WARP_LANES, WORDS,
+    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, OP_WORDS, PRODUCTS, REDUCTION, WARP_LANES,
 };
 
 use super::barrier::sync_compute;
@@ -48,7 +48,7 @@ pub struct Block {
     pub pages: PageCursor,
     /// Shared address of the slot of the task that runs.
     pub slot: Cell<u32>,
-    /// Offset of the leader's next word.
+    /// The leader's next word, from `OP_WORDS`.
     lead_word: Cell<u32>,
 }
 
@@ -74,7 +74,7 @@ impl Block {
             layout,
             pages,
             slot: Cell::new(0),
-            lead_word: Cell::new(lead_word),
+            lead_word: Cell::new(lead_word - OP_WORDS),
         }
     }
 
@@ -90,8 +90,8 @@ impl Block {
         self.thread_idx % WARP_LANES
     }
 
-    /// Sums of `count` values over all computing threads, at most `COMPUTE_WARPS` of them; each
-    /// thread learns all, in the order of the warps.
+    /// Leaves each warp's sum of `value` for `row`, of at most `GPU_STEP_TOKENS_MAX`; see
+    /// `block_total`.
     #[inline(always)]
     fn block_sum(&self, row: usize, value: f32) {
         let sum = warp::sum(value);
@@ -102,7 +102,7 @@ impl Block {
         }
     }
 
-    /// What `block_sum` left for `row`, after `sync`.
+    /// The sum of what `block_sum` left for `row`, in the order of the warps; after `sync`.
     #[inline(always)]
     fn block_total(&self, row: usize) -> f32 {
         let first = self.shared + REDUCTION + row as u32 * COMPUTE_WARPS * 4;
@@ -133,7 +133,7 @@ impl Machine for Block {
     #[inline(always)]
     fn lead(&self, job: impl FnOnce() -> u32) -> u32 {
         // Two words in turns: a lane can be one barrier behind the leader, never two.
-        let word = self.shared + WORDS + self.lead_word.get();
+        let word = self.shared + OP_WORDS + self.lead_word.get();
         self.lead_word.set(self.lead_word.get() ^ 4);
         if self.thread_idx == 0 {
             let result = job();

@@ -2,7 +2,7 @@
 
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::WeightFormat;
-use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER};
+use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER, LOOP_WORDS};
 
 use super::barrier::sync_block;
 use super::block::Block;
@@ -13,8 +13,8 @@ use crate::worker::Worker;
 /// resident at once.
 ///
 /// # Safety
-/// The header is that of a bound program, see `Worker::new`, and the block has
-/// `shared_bytes(page_count)` of dynamic shared memory.
+/// The header is that of a bound program, see `Worker::new`, and the block has the dynamic shared
+/// memory of its `SharedPlan`.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     let (thread_idx, shared) = (sreg::thread_idx(), memory::shared_base());
@@ -28,7 +28,7 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     }
     sync_block();
     let header = loader::header(shared);
-    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16, 16);
+    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16, LOOP_WORDS);
     // SAFETY: by this function's contract; blocks have different indices.
     let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
     if thread_idx < COMPUTE_LANES {

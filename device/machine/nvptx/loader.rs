@@ -12,9 +12,9 @@ use core::cell::Cell;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, STOP_WORD,
     TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
-    WARP_LANES, WORDS, page_rows, ring,
+    TASK_WORD, WARP_LANES, page_rows, ring,
 };
 
 use super::block::Block;
@@ -181,7 +181,7 @@ pub fn init(shared: u32, page_count: u32) {
         }
     }
     // SAFETY: a word of the block's memory.
-    unsafe { store_shared_word(shared + WORDS + 8, 0) };
+    unsafe { store_shared_word(shared + STOP_WORD, 0) };
     barrier::fence_init();
 }
 
@@ -240,7 +240,7 @@ fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
     if lane == 0 {
         while !ring.test_empty() {
             // SAFETY: a word of the block's memory.
-            if unsafe { load_shared_word(block.shared + WORDS + 8) } != 0 {
+            if unsafe { load_shared_word(block.shared + STOP_WORD) } != 0 {
                 goes_on = 0;
                 break;
             }
@@ -387,7 +387,7 @@ pub fn compute(worker: &Worker<Block>) {
             if block.lane_idx() == 0 {
                 // For whoever looks at a block that has stopped.
                 // SAFETY: a word of the block's memory.
-                unsafe { store_shared_word(block.shared + WORDS + 12, task_idx) };
+                unsafe { store_shared_word(block.shared + TASK_WORD, task_idx) };
             }
             let now_ns = worker.trace_ns();
             if worker.compute(&Claim::new(task, task_idx, epoch), now_ns, now_ns).is_err() {
@@ -403,6 +403,6 @@ pub fn compute(worker: &Worker<Block>) {
     }
     if block.lane_idx() == 0 {
         // SAFETY: a word of the block's memory.
-        unsafe { store_shared_word(block.shared + WORDS + 8, 1) };
+        unsafe { store_shared_word(block.shared + STOP_WORD, 1) };
     }
 }

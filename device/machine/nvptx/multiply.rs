@@ -4,7 +4,6 @@
 //! 16-byte vector of each row and keeps its sums through all chunks of the rows. Then lanes are
 //! summed by exchange, and the warps that share a row at the end, in order. A product's additions
 //! therefore depend on `in_dim` and the weights' format alone.
-//!
 
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
