@@ -53,9 +53,9 @@ pub struct Worker<'a, M: Machine> {
     pub worker_idx: u32,
     /// What it runs on.
     pub machine: &'a M,
-    /// Input rows that `Machine::input_rows` holds: step and key.
-    pub prologue: Cell<Option<(u32, u32)>>,
-    own_cursor: Cell<Cursor>,
+    /// Step and key of the prologue whose result the worker's input rows hold, as
+    /// `epoch << 32 | key`; 0 if they hold none: epochs count from 1.
+    pub prologue: Cell<u64>,
     begun_epoch: Cell<u32>,
     complete: Cell<(EventId, u32)>,
     trace_count: Cell<u64>,
@@ -74,8 +74,7 @@ impl<'a, M: Machine> Worker<'a, M> {
             header,
             worker_idx,
             machine,
-            prologue: Cell::new(None),
-            own_cursor: Cell::new(Cursor::START),
+            prologue: Cell::new(0),
             begun_epoch: Cell::new(0),
             complete: Cell::new((EventId::NONE, 0)),
             trace_count: Cell::new(0),
@@ -163,7 +162,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     }
 
     #[inline(always)]
-    fn span(&self, queue_idx: u32) -> QueueSpan {
+    pub fn span(&self, queue_idx: u32) -> QueueSpan {
         let count = self.header.worker_count as usize + 1;
         // SAFETY: by the contract of `Worker::new`.
         unsafe { Span::<QueueSpan>::new(self.header.queue_spans, count) }.read(queue_idx as usize)
@@ -192,9 +191,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         if span.count == 0 {
             return None;
         }
-        let is_private = !M::IS_STEALABLE && queue_idx == self.worker_idx;
-        let cursor =
-            if is_private { self.own_cursor.get() } else { queue::peek(self.cursor(queue_idx)) };
+        let cursor = queue::peek(self.cursor(queue_idx));
         Some((cursor, self.entry(span, cursor.position), span.count))
     }
 
@@ -229,12 +226,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         if is_stolen && !self.is_ready(task, cursor.epoch) {
             return None;
         }
-        let is_mine = if !M::IS_STEALABLE && queue_idx == self.worker_idx {
-            self.own_cursor.set(cursor.next(count));
-            true
-        } else {
-            queue::claim(self.cursor(queue_idx), cursor, count)
-        };
+        let is_mine = queue::claim(self.cursor(queue_idx), cursor, count);
         is_mine.then_some(Claim { task, task_idx, epoch: cursor.epoch, is_stolen })
     }
 

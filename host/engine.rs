@@ -2,6 +2,7 @@
 
 mod bind;
 mod mailbox;
+mod pack;
 mod request;
 mod summary;
 
@@ -109,7 +110,7 @@ impl Engine {
             Some(checkpoint) => load(checkpoint, options.load, &needed, progress)?,
             None => Box::new(DummyWeights::new(&needed, dtype, 0)?),
         };
-        Engine::start(config, program, device, weights, dtype, options)
+        Engine::start(config, program, device, weights, dtype, options, progress)
     }
 
     fn start(
@@ -119,9 +120,11 @@ impl Engine {
         weights: Box<dyn WeightSource + Send>,
         dtype: Dtype,
         options: &EngineOptions,
+        progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
         let mut vectors = Vec::new();
-        let tasks = bind(&program, weights.as_ref(), device.as_mut(), &mut vectors, dtype)?;
+        let tasks =
+            bind(&program, weights.as_ref(), device.as_mut(), &mut vectors, dtype, progress)?;
         let worker_count = program.queue_spans.len() as u32 - 1;
         let wanted = u64::from(options.trace_steps) * tasks.len() as u64;
         let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };

@@ -14,6 +14,7 @@ pub mod fault;
 pub mod kv;
 pub mod limits;
 pub mod mailbox;
+pub mod packed;
 pub mod program;
 pub mod queue;
 pub mod sample;

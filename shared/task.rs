@@ -170,7 +170,7 @@ impl Task {
     #[inline]
     pub const fn segment(&self, idx: usize) -> Segment {
         Segment {
-            weights: self.refs[3 + 2 * idx],
+            weights: self.refs[LINEAR_WEIGHTS[idx]],
             bias: self.refs[4 + 2 * idx],
             row_count: self.words[4 + 2 * idx],
             out_first: self.words[5 + 2 * idx],
@@ -181,7 +181,8 @@ impl Task {
 /// Rows of one weight matrix that a linear task multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Segment {
-    /// Address of the first row, `[row_count, in_dim]` in the task's weight format.
+    /// Address of the first row, `[row_count, in_dim]` in the task's weight format; on a device that
+    /// packs weights, that of the task's packed rows in the first segment.
     pub weights: u64,
     /// Address of the rows' biases, `[row_count] f32`; 0 for none.
     pub bias: u64,
@@ -190,6 +191,9 @@ pub struct Segment {
     /// Column of the output row where the first product goes.
     pub out_first: u32,
 }
+
+/// Which of a linear task's references are weights, by segment.
+pub const LINEAR_WEIGHTS: [usize; SEGMENT_COUNT_MAX] = [3, 5, 7];
 
 /// Arguments of `Opcode::Linear`.
 ///

@@ -1,10 +1,10 @@
 //! How a GPU's block stages weights: pages, and what else its shared memory holds.
 //!
-//! Of each segment of a linear task, `page_rows` rows at a time are cut into chunks of
-//! `CHUNK_COLUMNS` columns, and each chunk fills a page. Both the warp that loads and the warps that
-//! multiply walk pages in this order, so nothing but the pages themselves passes between them.
-//! Of f32 and f16 weights, a warp multiplies `ROWS_PER_WARP` rows by 32 vectors of 16 bytes; bf16
-//! weights go to tensor cores.
+//! Of each segment of a linear task with f32 or f16 weights, `page_rows` rows at a time are cut into
+//! chunks of `CHUNK_COLUMNS` columns, and each chunk fills a page; a warp multiplies `ROWS_PER_WARP`
+//! rows by 32 vectors of 16 bytes. Bf16 weights are packed (`packed.rs`), and pages are parts of the
+//! packed bytes. Both the warp that loads and the warps that multiply walk pages in this order, so
+//! nothing but the pages themselves passes between them.
 
 use crate::program::ProgramHeader;
 use crate::task::{Task, WeightFormat};
@@ -98,11 +98,9 @@ const PARTIAL_BYTES: u32 =
 /// Values of attention's partial results of one warp: weighted values, scores and weights.
 pub const ATTENTION_PARTIAL_VALUES: u32 = ATTENTION_VALUES + 2 * 8;
 const ATTENTION_BYTES: u32 = f32_bytes(COMPUTE_WARPS * ATTENTION_PARTIAL_VALUES);
-/// Offset of `[tokens, rows] f32` products.
-pub const PRODUCTS: u32 =
-    PARTIALS + if PARTIAL_BYTES > ATTENTION_BYTES { PARTIAL_BYTES } else { ATTENTION_BYTES };
 /// Offset of the input rows.
-pub const INPUTS: u32 = PRODUCTS + f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX);
+pub const INPUTS: u32 =
+    PARTIALS + if PARTIAL_BYTES > ATTENTION_BYTES { PARTIAL_BYTES } else { ATTENTION_BYTES };
 /// What a block's shared memory is divided into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedPlan {
@@ -147,8 +145,8 @@ pub const fn ring(input_bytes: u32) -> u32 {
 
 const _: () = assert!(OP_WORDS.is_multiple_of(8), "a leader's two words differ in one bit");
 const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
-const _: () = assert!(page_rows(WeightFormat::Bf16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
+const _: () = assert!(page_rows(WeightFormat::F16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
-const _: () = assert!((PARTIALS | PRODUCTS | INPUTS).is_multiple_of(128));
+const _: () = assert!((PARTIALS | INPUTS).is_multiple_of(128));
 const _: () =
     assert!(SharedPlan::new(99 << 10, 8192).is_some(), "GPUs with 99 KiB a block have a ring");

@@ -71,6 +71,25 @@ pub struct Split {
     pub head_dim: usize,
 }
 
+/// Some products of a linear task, and what becomes of them.
+#[derive(Clone, Copy)]
+pub struct Finish {
+    /// Tokens.
+    pub count: usize,
+    /// Rows of the task: the first, and how many.
+    pub first: usize,
+    /// See `first`.
+    pub len: usize,
+    /// Added to the products, unless it is empty.
+    pub bias: Span<f32>,
+    /// Whether `silu` of these products is multiplied by as many that follow them.
+    pub is_gated: bool,
+    /// Added to the products that follow, unless it is empty.
+    pub up_bias: Span<f32>,
+    /// Whether the result is added to what is there.
+    pub adds: bool,
+}
+
 /// What a worker can do.
 pub trait Machine {
     /// Whether other workers may take tasks from this worker's queue.
@@ -149,7 +168,8 @@ pub trait Machine {
         out: Rows,
     );
 
-    /// Collective: products of all rows of a linear task's segments with `count` input rows.
+    /// Collective: products of all rows of a linear task's segments with `count` input rows, for
+    /// `store`.
     ///
     /// `out[token, row]` counts rows over the segments. The order of a product's additions depends on
     /// `in_dim` alone. On machines that stage, this takes the task's pages.
@@ -158,19 +178,9 @@ pub trait Machine {
     /// Collective: gives up a linear task's staged weights.
     fn discard(&self, task: &Task);
 
-    /// Collective: `gate = silu(gate) * up` in rows.
-    fn silu_mul(&self, rows: Rows, count: usize, len: usize);
-
-    /// Collective: stores `count` rows of `len` products, or adds them to what is there; not yet
-    /// visible to other lanes.
-    fn store(
-        &self,
-        count: usize,
-        len: usize,
-        from: impl Fn(usize) -> Span<f32>,
-        out: impl Fn(usize) -> Span<f32>,
-        adds: bool,
-    );
+    /// Collective: what becomes of products that `multiply` has left in `products`, to `out(token)`;
+    /// not yet visible to other lanes.
+    fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
 
     /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,
     /// into row `row` of the input rows `out`. `splits`

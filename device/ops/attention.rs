@@ -20,7 +20,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let count = step.token_count as usize;
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
     // The input rows are about to hold queries.
-    worker.prologue.set(None);
+    worker.prologue.set(0);
     let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim, None);
     // Per token: the group's queries, its key, its value.
     let item_count = group + 2;

@@ -6,7 +6,7 @@ use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Task, TokenRows};
 
 use crate::machine::memory::Span;
-use crate::machine::{Machine, Rows};
+use crate::machine::{Finish, Machine, Rows};
 use crate::worker::{Claim, Worker};
 
 #[inline(always)]
@@ -25,7 +25,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(claim.task, x, row_count, y);
-    store(worker, claim.task, &args, y, row_count);
+    store(worker, claim.task, y, row_count);
 }
 
 /// The input rows after the prologue.
@@ -43,8 +43,8 @@ fn input<M: Machine>(
         TokenRows::Logits => step.logit_tokens[row] as usize,
     };
     let x = worker.machine.input_rows(super::scratch_input(worker), count, dim, Some(args.format));
-    let is_kept = worker.prologue.get() == Some((epoch, args.prologue_key));
-    worker.prologue.set(Some((epoch, args.prologue_key)));
+    let prologue = u64::from(epoch) << 32 | u64::from(args.prologue_key);
+    let is_kept = worker.prologue.replace(prologue) == prologue;
     match args.prologue {
         Prologue::None => {
             let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);
@@ -79,42 +79,33 @@ fn input<M: Machine>(
 }
 
 #[inline(always)]
-fn store<M: Machine>(worker: &Worker<M>, task: &Task, args: &LinearArgs, y: Rows, count: usize) {
+fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
+    // Again: registers are scarce while a GPU multiplies.
+    let args = LinearArgs::unpack(task);
+    let bias = |idx: usize| {
+        let segment = task.segment(idx);
+        let len = if segment.bias == 0 { 0 } else { segment.row_count as usize };
+        // SAFETY: the host has bound the biases, `[row_count] f32`, until the workers end.
+        unsafe { Span::<f32>::new(segment.bias, len) }
+    };
+    let is_gated = args.epilogue == Epilogue::SiluMul;
     let mut first = 0;
-    for idx in 0..task.segment_count() {
+    for idx in 0..if is_gated { 1 } else { task.segment_count() } {
         let segment = task.segment(idx);
         let len = segment.row_count as usize;
-        if segment.bias != 0 && len > 0 {
-            // SAFETY: the host has bound the biases, `[row_count] f32`, until the workers end.
-            let bias = unsafe { Span::<f32>::new(segment.bias, len) };
-            worker.machine.for_each(count, len, |token, row| {
-                let index = token * y.stride + first + row;
-                y.values.write(index, y.values.read(index) + bias.read(row));
-            });
-            worker.machine.sync();
-        }
-        first += len;
-    }
-    if args.epilogue == Epilogue::SiluMul {
-        worker.machine.silu_mul(y, count, task.segment(0).row_count as usize);
-    }
-    let mut first = 0;
-    for idx in 0..task.segment_count() {
-        let segment = task.segment(idx);
-        let len = segment.row_count as usize;
-        if len == 0 {
-            continue;
-        }
-        let out = |token: usize| {
+        let finish = Finish {
+            count,
+            first,
+            len,
+            bias: bias(idx),
+            is_gated,
+            up_bias: bias(if is_gated { 1 } else { idx }),
+            adds: args.epilogue == Epilogue::AddResidual,
+        };
+        worker.machine.store(y, &finish, |token| {
             let column = token as u64 * u64::from(args.y_stride) + u64::from(segment.out_first);
             worker.heap::<f32>(args.y + column * 4, len as u64)
-        };
-        let from = |token: usize| y.values.sub(token * y.stride + first, len);
-        let adds = args.epilogue == Epilogue::AddResidual;
-        worker.machine.store(count, len, from, out, adds);
+        });
         first += len;
-        if args.epilogue == Epilogue::SiluMul {
-            break;
-        }
     }
 }

@@ -38,6 +38,7 @@ impl CpuDevice {
             tile_bytes: TILE_BYTES,
             tile_rows_max: SEGMENT_ROWS_MAX,
             shared_bytes: 0,
+            packs_weights: false,
             host_spins: false,
         };
         let machine = Thread { isa: Isa::detect(), clock: Instant::now() };

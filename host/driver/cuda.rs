@@ -179,6 +179,7 @@ impl CudaDevice {
                 tile_bytes: TILE_BYTES,
                 tile_rows_max: TILE_ROWS_MAX,
                 shared_bytes: gpu.shared_bytes,
+                packs_weights: true,
                 host_spins: true,
             },
             gpu,

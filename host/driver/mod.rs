@@ -28,6 +28,8 @@ pub struct Profile {
     pub tile_rows_max: u32,
     /// Shared memory of a worker's block; 0 if workers have none.
     pub shared_bytes: u32,
+    /// Whether linear tasks want bf16 weights as `shared/packed.rs` describes.
+    pub packs_weights: bool,
     /// Whether the host may spin while a request runs, without taking the workers' cores.
     pub host_spins: bool,
 }

@@ -4,9 +4,9 @@ use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{Program, TENSOR_SHIFT};
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::queue::QueueSpan;
-use tilert_mk_shared::task::{Task, WeightFormat};
+use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
 
-use super::{LoadMode, ModelSource};
+use super::{LoadMode, ModelSource, pack};
 use crate::driver::Device;
 use crate::error::{Error, Result};
 use crate::load::{Checkpoint, copied};
@@ -97,18 +97,23 @@ pub(super) fn bind(
     device: &mut dyn Device,
     vectors: &mut Vec<Vec<f32>>,
     dtype: Dtype,
+    progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<Task>> {
+    let packs = dtype == Dtype::Bf16 && device.profile().packs_weights;
+    let is_stored = stored_tensors(program, packs);
+    let mut views = Vec::new();
     let mut bases = Vec::new();
-    for tensor in &program.tensors {
+    for (tensor, is_stored) in program.tensors.iter().zip(is_stored) {
         let view = weights
             .tensor(&tensor.name)
             .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
+        views.push(view);
         if tensor.shape.len() == 1 {
             let values = view.to_f32();
             bases.push(device.place(bytes_of(&values))?);
             vectors.push(values);
         } else if view.dtype == dtype {
-            bases.push(device.place(view.data)?);
+            bases.push(if is_stored { device.place(view.data)? } else { 0 });
         } else {
             return Err(Error::Request(format!(
                 "the tensor {} is {}, but the embedding is {}; matrices must have one type",
@@ -119,6 +124,7 @@ pub(super) fn bind(
         }
     }
     let mut tasks = program.tasks.clone();
+    let packed = if packs { pack::upload(&tasks, &views, device, progress)? } else { Vec::new() };
     for task in &mut tasks {
         for reference in &mut task.refs {
             let index = (*reference >> TENSOR_SHIFT) as usize;
@@ -127,5 +133,24 @@ pub(super) fn bind(
             }
         }
     }
+    for (task_idx, address) in packed {
+        // Segments touch in packed weights: the first one's address is that of all.
+        tasks[task_idx].refs[LINEAR_WEIGHTS[0]] = address;
+    }
     Ok(tasks)
+}
+
+/// Which tensors some task wants as the checkpoint stores them.
+fn stored_tensors(program: &Program, packs: bool) -> Vec<bool> {
+    let mut is_stored = vec![false; program.tensors.len()];
+    for task in &program.tasks {
+        let is_packed = packs && task.opcode == Opcode::Linear as u16;
+        for (ref_idx, reference) in task.refs.iter().enumerate() {
+            let index = (*reference >> TENSOR_SHIFT) as usize;
+            if index > 0 && !(is_packed && LINEAR_WEIGHTS.contains(&ref_idx)) {
+                is_stored[index - 1] = true;
+            }
+        }
+    }
+    is_stored
 }

@@ -88,6 +88,7 @@ impl PtxDevice {
             tile_bytes: 1 << 20,
             tile_rows_max: TILE_ROWS_MAX,
             shared_bytes: options.shared_bytes,
+            packs_weights: true,
             host_spins: false,
         };
         let report = Arc::new(Mutex::new(Report::default()));

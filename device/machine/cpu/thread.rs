@@ -8,7 +8,7 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
 use super::{Isa, Matrix, PREFETCH_BYTES};
 use crate::machine::memory::Span;
-use crate::machine::{Machine, Rotation, Rows, Split};
+use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
@@ -125,30 +125,26 @@ impl Machine for Thread {
     fn discard(&self, _task: &Task) {}
 
     #[inline(always)]
-    fn silu_mul(&self, rows: Rows, count: usize, len: usize) {
-        for row in 0..count {
-            let (gate, up) = (rows.row(row, len), rows.values.sub(row * rows.stride + len, len));
-            super::silu_mul(self.isa, gate.as_mut_slice(), up.as_slice());
-        }
-    }
-
-    #[inline(always)]
-    fn store(
-        &self,
-        count: usize,
-        _len: usize,
-        from: impl Fn(usize) -> Span<f32>,
-        out: impl Fn(usize) -> Span<f32>,
-        adds: bool,
-    ) {
-        for row in 0..count {
-            let (from, out) = (from(row), out(row));
-            if !adds {
-                out.as_mut_slice().copy_from_slice(from.as_slice());
-                continue;
+    fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        let len = finish.len;
+        for token in 0..finish.count {
+            let row = |first| products.values.sub(token * products.stride + first, len);
+            let biased = |first, bias: Span<f32>| {
+                let row = row(first);
+                if !bias.is_empty() {
+                    super::add_scaled(self.isa, row.as_mut_slice(), bias.as_slice(), 1.0);
+                }
+                row
+            };
+            let (values, out) = (biased(finish.first, finish.bias), out(token));
+            if finish.is_gated {
+                let up = biased(finish.first + len, finish.up_bias);
+                super::silu_mul(self.isa, values.as_mut_slice(), up.as_slice());
             }
-            for (out, product) in out.as_mut_slice().iter_mut().zip(from.as_slice()) {
-                *out += product;
+            if finish.adds {
+                super::add_scaled(self.isa, out.as_mut_slice(), values.as_slice(), 1.0);
+            } else {
+                out.as_mut_slice().copy_from_slice(values.as_slice());
             }
         }
     }

@@ -7,7 +7,7 @@ use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, OP_WORDS, PRODUCTS, REDUCTION, WARP_LANES,
+    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, OP_WORDS, REDUCTION, WARP_LANES,
 };
 
 use super::barrier::sync_compute;
@@ -20,7 +20,7 @@ use super::memory::{
 };
 use super::{attend, fma, multiply, ops, sreg, warp};
 use crate::machine::memory::Span;
-use crate::machine::{Machine, Rotation, Rows, Split};
+use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// Quads of merged heads that a lane works on at once.
@@ -29,6 +29,8 @@ const MERGES_AHEAD: u32 = 1;
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
 const QUAD: u32 = 4;
+/// Loads of a lane that are in flight together in a norm.
+const NORM_QUADS: usize = 4;
 /// Values of one load of all lanes.
 const STEP: u32 = QUAD * COMPUTE_LANES;
 
@@ -184,11 +186,9 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn output_rows(&self, _heap: Span<f32>, count: usize, len: usize) -> Rows {
-        // SAFETY: the products area of this block's memory, which only its lanes use; a tile has at
-        // most `TILE_ROWS_MAX` rows and a step `GPU_STEP_TOKENS_MAX` tokens.
-        let values = unsafe { Span::new(generic(self.shared + PRODUCTS), count * len) };
-        Rows { values, stride: len }
+    fn output_rows(&self, heap: Span<f32>, _count: usize, len: usize) -> Rows {
+        // Products stay with the warps that have summed them, see `multiply`.
+        Rows { values: heap, stride: len }
     }
 
     #[inline(always)]
@@ -225,32 +225,36 @@ impl Machine for Block {
     ) {
         let (dim, layout) = (weight.len() as u32, self.layout.get());
         let first = self.thread_idx * QUAD;
+        let mut quads = [[0.0; QUAD as usize]; NORM_QUADS];
         for row in 0..count {
-            let source = from(row).address();
             let (mut sum, mut base) = (0.0, first);
             while base < dim {
-                let quads = read_quads::<2>(source, base, dim, false);
+                quads = read_quads(from(row).address(), base, dim, false);
                 for quad in &quads {
                     for value in quad {
                         sum = fma(*value, *value, sum);
                     }
                 }
-                base += 2 * STEP;
+                base += NORM_QUADS as u32 * STEP;
             }
             self.block_sum(row, sum);
         }
+        // A row that is alone and short is still in registers.
+        let is_kept = count == 1 && dim <= NORM_QUADS as u32 * STEP;
         let (mut base, mut is_ordered) = (first, false);
         while base < dim || !is_ordered {
             // The first weights arrive while the block waits for the sums.
-            let weights = read_quads::<2>(weight.address(), base, dim, true);
+            let weights: [Quad; NORM_QUADS] = read_quads(weight.address(), base, dim, true);
             if !is_ordered {
                 sync_compute();
                 is_ordered = true;
             }
             for row in 0..count {
-                let quads = read_quads::<2>(from(row).address(), base, dim, false);
+                if !is_kept {
+                    quads = read_quads(from(row).address(), base, dim, false);
+                }
                 let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
-                for step in 0..2 {
+                for step in 0..NORM_QUADS {
                     let (quad, weight) = (quads[step], weights[step]);
                     let column = base + step as u32 * STEP;
                     if column < dim {
@@ -259,14 +263,14 @@ impl Machine for Block {
                     }
                 }
             }
-            base += 2 * STEP;
+            base += NORM_QUADS as u32 * STEP;
         }
         sync_compute();
     }
 
     #[inline(always)]
-    fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows) {
-        multiply::multiply(self, task, x, count, out);
+    fn multiply(&self, task: &Task, x: Rows, count: usize, _out: Rows) {
+        multiply::multiply(self, task, x, count);
     }
 
     #[inline(always)]
@@ -275,28 +279,22 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn silu_mul(&self, rows: Rows, count: usize, len: usize) {
-        self.for_each(count, len, |row, column| {
-            let index = row * rows.stride + column;
-            let (gate, up) = (rows.values.read(index), rows.values.read(index + len));
-            rows.values.write(index, gate / (1.0 + self.exp(-gate)) * up);
-        });
-        sync_compute();
-    }
-
-    #[inline(always)]
-    fn store(
-        &self,
-        count: usize,
-        len: usize,
-        from: impl Fn(usize) -> Span<f32>,
-        out: impl Fn(usize) -> Span<f32>,
-        adds: bool,
-    ) {
-        self.for_each(count, len, |row, column| {
-            let (value, out) = (from(row).read(column), out(row));
-            let old = if adds { out.read(column) } else { 0.0 };
-            out.write(column, if adds { old + value } else { value });
+    fn store(&self, _products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        let product = |row: usize, token, bias: Span<f32>, column| {
+            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
+            if bias.is_empty() { sum } else { sum + bias.read(column) }
+        };
+        self.for_each(finish.count, finish.len, |token, column| {
+            let out = out(token);
+            // Requested before the sums are looked at.
+            let old = if finish.adds { out.read(column) } else { 0.0 };
+            let mut value = product(finish.first + column, token, finish.bias, column);
+            if finish.is_gated {
+                let row = finish.first + finish.len + column;
+                let up = product(row, token, finish.up_bias, column);
+                value = value / (1.0 + self.exp(-value)) * up;
+            }
+            out.write(column, if finish.adds { old + value } else { value });
         });
     }
 

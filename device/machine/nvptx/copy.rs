@@ -5,7 +5,7 @@ use core::arch::asm;
 /// A cache policy for data that is read once a step.
 #[cfg(tilert_sm90)]
 #[inline(always)]
-pub fn evict_first() -> u64 {
+fn evict_first() -> u64 {
     let policy: u64;
     // SAFETY: makes a value.
     unsafe {
@@ -22,7 +22,8 @@ pub fn evict_first() -> u64 {
 /// runs; nobody uses the target until the barrier's phase, which expects these bytes, is complete.
 #[cfg(tilert_sm90)]
 #[inline(always)]
-pub unsafe fn bulk(to: u32, from: u64, bytes: u32, barrier: u32, policy: u64) {
+pub unsafe fn bulk(to: u32, from: u64, bytes: u32, barrier: u32) {
+    let policy = evict_first();
     // SAFETY: by this function's contract.
     unsafe {
         asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint \

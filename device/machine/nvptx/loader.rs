@@ -9,8 +9,9 @@
 
 use core::cell::Cell;
 
+use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, STOP_WORD,
     TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
@@ -18,6 +19,7 @@ use tilert_mk_shared::tile::{
 };
 
 use super::block::Block;
+use super::feed::{Fed, Feed};
 use super::memory::{generic, load_shared_word, store_shared_word};
 use super::{barrier, copy, sreg, warp};
 use crate::machine::Machine;
@@ -63,6 +65,15 @@ impl RingCursor {
             self.laps.set(1);
         } else {
             self.index.set(next);
+        }
+    }
+
+    /// Tells all lanes where lane 0 is.
+    #[cfg(tilert_sm90)]
+    #[inline(always)]
+    fn agree(&self) {
+        for word in [&self.index, &self.parity, &self.laps] {
+            word.set(warp::take_word(word.get(), 0));
         }
     }
 
@@ -191,75 +202,70 @@ pub fn load(worker: &Worker<Block>) {
     let block = worker.machine;
     let lane = block.warp_lane();
     let tasks = RingCursor::tasks(block.shared);
+    let mut feed = Feed::new(worker, lane);
     loop {
-        let (task_idx, epoch, address) = claim(worker, lane);
+        let nothing = Fed { task_idx: NO_TASK, epoch: 0, word: 0 };
+        let fed = feed.as_mut().map_or(nothing, Feed::take);
         if !take_empty(block, lane, &tasks) {
             break;
         }
         barrier::sync_warp();
         let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
-        fill_slot(slot, lane, task_idx, epoch, address, &block.pages);
+        fill_slot(slot, lane, &fed, &block.pages);
         barrier::sync_warp();
         if lane == 0 {
             // SAFETY: an initialised barrier.
             unsafe { barrier::arrive(tasks.full()) };
         }
         tasks.advance();
-        if task_idx == NO_TASK {
+        if fed.task_idx == NO_TASK {
             break;
         }
-        // SAFETY: a task of the program, which nobody writes.
-        let task = unsafe { &*(address as *const Task) };
-        if task.opcode == Opcode::Linear as u16 && !stream(block, lane, task) {
+        // SAFETY: the record in the slot, which this warp alone writes.
+        let task = unsafe { &*(generic(slot) as *const Task) };
+        if task.opcode != Opcode::Linear as u16 {
+            continue;
+        }
+        let goes_on = match packed(task) {
+            None => stream(block, lane, task),
+            Some(weights) => stream_packed(block, lane, weights),
+        };
+        if !goes_on {
             break;
         }
     }
     drain(block);
 }
 
-/// Claims the next task on lane 0 and tells the others: its index, its step, its address.
-#[inline(always)]
-fn claim(worker: &Worker<Block>, lane: u32) -> (u32, u32, u64) {
-    let mut found = (NO_TASK, 0);
-    if lane == 0 {
-        if let Some(claim) = worker.claim_next() {
-            found = (claim.task_idx, claim.epoch);
-        }
-    }
-    let (task_idx, epoch) = (warp::take_word(found.0, 0), warp::take_word(found.1, 0));
-    let offset =
-        if task_idx == NO_TASK { 0 } else { u64::from(task_idx) * u64::from(RECORD_BYTES) };
-    (task_idx, epoch, worker.header.tasks + offset)
-}
-
 /// Waits for an empty slot; false if the block stops. All lanes of the warp; lane 0 has the edge to
 /// who emptied the slot, the others after the next `sync_warp`.
 #[inline(always)]
 fn take_empty(block: &Block, lane: u32, ring: &RingCursor) -> bool {
-    let mut goes_on = 1;
-    if lane == 0 {
-        while !ring.test_empty() {
-            // SAFETY: a word of the block's memory.
-            if unsafe { load_shared_word(block.shared + STOP_WORD) } != 0 {
-                goes_on = 0;
-                break;
-            }
-        }
-    }
-    warp::take_word(goes_on, 0) != 0
+    let goes_on = lane != 0 || wait_empty(block, ring);
+    warp::take_word(u32::from(goes_on), 0) != 0
 }
 
-/// Copies a task's record, a word by each lane, and says which task it is.
+/// The same, for one lane.
 #[inline(always)]
-fn fill_slot(slot: u32, lane: u32, task_idx: u32, epoch: u32, address: u64, pages: &PageCursor) {
-    // SAFETY: a word of the record, which nobody writes.
-    let word = unsafe { *((address + u64::from(lane) * 4) as *const u32) };
+fn wait_empty(block: &Block, ring: &RingCursor) -> bool {
+    while !ring.test_empty() {
+        // SAFETY: a word of the block's memory.
+        if unsafe { load_shared_word(block.shared + STOP_WORD) } != 0 {
+            return false;
+        }
+    }
+    true
+}
+
+/// Leaves a task's record, a word by each lane, and says which task it is.
+#[inline(always)]
+fn fill_slot(slot: u32, lane: u32, fed: &Fed, pages: &PageCursor) {
     // SAFETY: words of the slot, which is empty: the computing warps do not look at it.
     unsafe {
-        store_shared_word(slot + lane * 4, word);
+        store_shared_word(slot + lane * 4, fed.word);
         if lane == 0 {
-            store_shared_word(slot + RECORD_BYTES, task_idx);
-            store_shared_word(slot + RECORD_BYTES + 4, epoch);
+            store_shared_word(slot + RECORD_BYTES, fed.task_idx);
+            store_shared_word(slot + RECORD_BYTES + 4, fed.epoch);
             store_shared_word(slot + RECORD_BYTES + 8, pages.ring.index.get());
             store_shared_word(slot + RECORD_BYTES + 12, pages.ring.parity.get());
         }
@@ -272,8 +278,6 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
     let args = LinearArgs::unpack(task);
     let value_bytes = args.format.value_bytes() as u32;
     let (row_bytes, rows) = (args.in_dim * value_bytes, page_rows(args.format));
-    #[cfg(tilert_sm90)]
-    let policy = copy::evict_first();
     for idx in 0..task.segment_count() {
         let segment = task.segment(idx);
         let mut from = segment.weights;
@@ -285,22 +289,86 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
                 if !take_empty(block, lane, &block.pages.ring) {
                     return false;
                 }
-                let part = Part {
-                    from: from + u64::from(first),
-                    row_bytes,
-                    pitch,
-                    row_count: rows.min(left),
-                };
-                #[cfg(tilert_sm90)]
-                fill(&block.pages, lane, &part, policy);
-                #[cfg(not(tilert_sm90))]
-                fill(&block.pages, lane, &part);
+                let from = from + u64::from(first);
+                let row_count = rows.min(left);
+                fill(&block.pages, lane, &Part { from, row_bytes, pitch, row_count });
                 block.pages.ring.advance();
                 first += pitch;
             }
             from += u64::from(rows * row_bytes);
             left -= rows.min(left);
         }
+    }
+    true
+}
+
+/// A task's packed weights.
+#[derive(Clone, Copy)]
+pub struct Weights {
+    /// Address of the first byte.
+    pub from: u64,
+    /// Bytes in all.
+    pub bytes: u32,
+    /// Bytes of a page, but for the last.
+    page_bytes: u32,
+}
+
+/// The packed weights of a task that has such.
+#[inline(always)]
+pub fn packed(task: &Task) -> Option<Weights> {
+    let args = LinearArgs::unpack(task);
+    if task.opcode != Opcode::Linear as u16 || args.format != WeightFormat::Bf16 {
+        return None;
+    }
+    let packing = Packing::new(args.row_count(), args.in_dim);
+    let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes());
+    Some(Weights { from: args.segments[0].weights, bytes, page_bytes })
+}
+
+/// Fills pages with a task's packed weights; false if the block stops.
+#[cfg(tilert_sm90)]
+#[inline(always)]
+fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
+    let pages = &block.pages;
+    let Weights { mut from, bytes: mut left, page_bytes } = weights;
+    let mut goes_on = true;
+    // The copy engine needs one lane, and one lane needs no agreement with others.
+    if lane == 0 {
+        while left > 0 {
+            goes_on = wait_empty(block, &pages.ring);
+            if !goes_on {
+                break;
+            }
+            let (full, bytes) = (pages.ring.full(), page_bytes.min(left));
+            // SAFETY: an initialised barrier, and a copy of as many bytes. Weights are bound, and
+            // multiples of 16 bytes; the page is empty until its barrier says otherwise.
+            unsafe {
+                barrier::arrive_expect(full, bytes);
+                copy::bulk(pages.address(), from, bytes, full);
+            }
+            pages.ring.advance();
+            from += u64::from(bytes);
+            left -= bytes;
+        }
+    }
+    pages.ring.agree();
+    warp::take_word(u32::from(goes_on), 0) != 0
+}
+
+/// The same on older chips, where all lanes copy.
+#[cfg(not(tilert_sm90))]
+#[inline(always)]
+fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
+    let Weights { mut from, bytes: mut left, page_bytes } = weights;
+    while left > 0 {
+        if !take_empty(block, lane, &block.pages.ring) {
+            return false;
+        }
+        let bytes = page_bytes.min(left);
+        fill(&block.pages, lane, &Part { from, row_bytes: bytes, pitch: bytes, row_count: 1 });
+        block.pages.ring.advance();
+        from += u64::from(bytes);
+        left -= bytes;
     }
     true
 }
@@ -315,7 +383,7 @@ struct Part {
 
 #[cfg(tilert_sm90)]
 #[inline(always)]
-fn fill(pages: &PageCursor, lane: u32, part: &Part, policy: u64) {
+fn fill(pages: &PageCursor, lane: u32, part: &Part) {
     let (full, bytes) = (pages.ring.full(), part.row_count * part.pitch);
     if lane == 0 {
         // SAFETY: an initialised barrier; the copies below have so many bytes.
@@ -329,7 +397,7 @@ fn fill(pages: &PageCursor, lane: u32, part: &Part, policy: u64) {
         let from = part.from + u64::from(lane * part.row_bytes);
         // SAFETY: weights are bound and aligned to 16 bytes, rows are multiples of 16 bytes, and
         // the page is empty until its barrier says otherwise.
-        unsafe { copy::bulk(pages.address() + lane * part.pitch, from, bytes, full, policy) };
+        unsafe { copy::bulk(pages.address() + lane * part.pitch, from, bytes, full) };
     }
 }
 

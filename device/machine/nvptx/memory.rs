@@ -73,6 +73,22 @@ quad_load! {
     load_constant(u64, reg64) -> f32 = "ld.global.nc.v4.f32"
 }
 
+/// A word of global memory that nobody writes while the kernel runs.
+///
+/// # Safety
+/// The address is a multiple of 4 and valid.
+#[inline(always)]
+pub unsafe fn load_constant_word(address: u64) -> u32 {
+    let value: u32;
+    // SAFETY: by this function's contract. Neither pure nor `nomem`: the load stays where it is, well
+    // before its value is needed.
+    unsafe {
+        asm!("ld.global.nc.u32 {v}, [{p}];", v = out(reg32) value, p = in(reg64) address,
+             options(readonly, nostack));
+    }
+    value
+}
+
 /// Stores four values in shared memory.
 ///
 /// # Safety
@@ -124,6 +140,21 @@ pub unsafe fn store_global(address: u64, [a, b, c, d]: Quad) {
              a = in(reg32) a, b = in(reg32) b, c = in(reg32) c, d = in(reg32) d,
              options(nostack));
     }
+}
+
+/// Two words of shared memory.
+///
+/// # Safety
+/// The address is a multiple of 8 and valid for 8 bytes, which no thread writes meanwhile.
+#[inline(always)]
+pub unsafe fn load_shared_pair(address: u32) -> [u32; 2] {
+    let (a, b): (u32, u32);
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("ld.shared.v2.u32 {{{a}, {b}}}, [{p}];", a = out(reg32) a, b = out(reg32) b,
+             p = in(reg32) address, options(readonly, nostack));
+    }
+    [a, b]
 }
 
 /// Two values of global memory.

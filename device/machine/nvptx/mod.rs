@@ -8,6 +8,7 @@ pub mod barrier;
 pub mod block;
 pub mod copy;
 pub mod counter;
+pub mod feed;
 pub mod inputs;
 pub mod kernel;
 pub mod loader;

@@ -5,6 +5,7 @@
 //! summed by exchange, and the warps that share a row at the end, in order. A product's additions
 //! therefore depend on `in_dim` and the weights' format alone.
 
+use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES, column_warps,
@@ -12,52 +13,58 @@ use tilert_mk_shared::tile::{
 };
 
 use super::barrier::sync_compute;
-use super::block::{Block, near, widen_words};
+use super::block::{Block, widen_words};
 use super::inputs::{Layout, swizzled};
 use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
 use super::{fma, tensor, warp};
-use crate::machine::{Machine, Rows};
+use crate::machine::Rows;
 
 const ROWS: usize = ROWS_PER_WARP as usize;
 const F32: u16 = WeightFormat::F32 as u16;
 const F16: u16 = WeightFormat::F16 as u16;
 
-/// See `Machine::multiply`.
+/// Leaves the partial sums of all products; see `product`.
 #[inline(always)]
-pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize, out: Rows) {
-    let format = block.format;
+pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
     let count = count as u32;
-    match format {
+    match block.format {
         WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
         WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
         WeightFormat::Bf16 => tensor::multiply(block, task, x, count),
     }
     sync_compute();
-    let partials = block.shared + PARTIALS;
-    let warps = if format == WeightFormat::Bf16 { COMPUTE_WARPS } else { column_warps(format) };
-    let row_count = LinearArgs::unpack(task).row_count() as usize;
-    block.for_each(count as usize, row_count, |token, row| {
-        let first = (row as u32 * count + token as u32) * warps;
-        let mut sum = 0.0;
-        for column_warp in 0..warps {
-            sum += near(partials, first + column_warp);
-        }
-        out.values.write(token * out.stride + row, sum);
-    });
-    sync_compute();
+}
+
+/// The product at `index` of `[rows, tokens]`: the warps' partial sums, in their order.
+#[inline(always)]
+pub fn product(block: &Block, index: u32) -> f32 {
+    let warps = if block.format == WeightFormat::F16 { 4 } else { COMPUTE_WARPS };
+    let first = block.shared + PARTIALS + index * warps * 4;
+    // SAFETY: partial sums that the warps have left before the last barrier.
+    let [a, b, c, d] = unsafe { load_shared(first) };
+    let sum = a + b + c + d;
+    if warps == 4 {
+        return sum;
+    }
+    // SAFETY: as above.
+    let [a, b, c, d] = unsafe { load_shared(first + 16) };
+    sum + a + b + c + d
 }
 
 /// See `Machine::discard`.
 #[inline(always)]
 pub fn discard(block: &Block, task: &Task) {
     let args = LinearArgs::unpack(task);
-    for _ in 0..args.in_dim.div_ceil(CHUNK_COLUMNS) {
-        for idx in 0..task.segment_count() {
-            for _ in 0..task.segment(idx).row_count.div_ceil(page_rows(block.format)) {
-                block.pages.wait_full();
-                block.pages.release(block.warp_lane());
-            }
-        }
+    let page_count = if block.format == WeightFormat::Bf16 {
+        Packing::new(args.row_count(), args.in_dim).page_count()
+    } else {
+        let pages = |rows: u32| rows.div_ceil(page_rows(block.format));
+        let groups = (0..task.segment_count()).map(|idx| pages(task.segment(idx).row_count));
+        args.in_dim.div_ceil(CHUNK_COLUMNS) * groups.sum::<u32>()
+    };
+    for _ in 0..page_count {
+        block.pages.wait_full();
+        block.pages.release(block.warp_lane());
     }
 }
 
@@ -219,3 +226,4 @@ fn widened<const F: u16, const V: usize>(words: [u32; 4]) -> [f32; V] {
 
 const _: () = assert!(vector_values(WeightFormat::Bf16) == 8);
 const _: () = assert!(vector_values(WeightFormat::F32) == 4);
+const _: () = assert!(column_warps(WeightFormat::F16) == 4 && COMPUTE_WARPS == 8);

@@ -19,7 +19,7 @@ use crate::worker::{Claim, Stopped, Worker};
 #[inline(always)]
 pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
-    let kept = pack(worker.prologue.get());
+    let kept = worker.prologue.get();
     let kept = match opcode {
         Opcode::Empty => kept,
         Opcode::Admit if admit(slot) => kept,
@@ -33,20 +33,8 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
         Opcode::Attention => attention(slot, kept),
         Opcode::Sample => sample(slot, kept),
     };
-    worker.prologue.set(unpack(kept));
+    worker.prologue.set(kept);
     Ok(())
-}
-
-/// `Worker::prologue` as a word that a function takes and returns in a register; epochs count from 1.
-#[inline(always)]
-fn pack(prologue: Option<(u32, u32)>) -> u64 {
-    prologue.map_or(0, |(epoch, key)| u64::from(epoch) << 32 | u64::from(key))
-}
-
-/// What `pack` packed.
-#[inline(always)]
-fn unpack(kept: u64) -> Option<(u32, u32)> {
-    (kept != 0).then_some(((kept >> 32) as u32, kept as u32))
 }
 
 /// Runs an op on a worker made from the slot; what the input rows hold goes in and comes out.
@@ -64,9 +52,9 @@ fn with_worker(slot: u32, kept: u64, opcode: Opcode, format: WeightFormat) -> (b
     let task = unsafe { &*(generic(slot) as *const Task) };
     // SAFETY: the header is that of the kernel, by the contract of its entry.
     let mut worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
-    worker.prologue = Cell::new(unpack(kept));
+    worker.prologue = Cell::new(kept);
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    (result.is_ok(), pack(worker.prologue.get()))
+    (result.is_ok(), worker.prologue.get())
 }
 
 #[inline(never)]
