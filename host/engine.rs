@@ -317,7 +317,7 @@ impl Engine {
         let Some(output) = self.next_output()? else {
             self.empty_looks = self.empty_looks.wrapping_add(1);
             if self.is_check_due() {
-                self.device.check()?;
+                self.check_fault()?;
             }
             return Ok(false);
         };

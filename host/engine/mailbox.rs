@@ -80,8 +80,10 @@ impl Engine {
 
     /// An error if the device has stopped by itself, whether it could tell or not.
     pub(super) fn check_fault(&self) -> Result<()> {
+        let check = self.device.check();
+        // After that look: a device that has ended since the last one may have told why.
         self.check_stop()?;
-        self.device.check()
+        check
     }
 
     /// An error if the device has told of a fault.

@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use ptxvm::{Arg, Checks, DeviceId, Module, RunState, Vm, VmConfig};
+use ptxvm::{Arg, Checks, DeviceId, Module, RunState, View, Vm, VmConfig};
 use tilert_mk::driver::{Device, Profile};
 use tilert_mk::error::{Error, Result};
 use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::task::{Opcode, Task};
 use tilert_mk_shared::tile::{
-    BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TASK_WORD, TILE_ROWS_MAX,
+    BLOCK_THREADS, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, SharedPlan, TASK_WORD, TILE_ROWS_MAX,
 };
 
 /// Warp instructions that run between two looks of the host.
@@ -32,6 +33,8 @@ pub(crate) struct PtxOptions {
     pub(crate) shared_bytes: u32,
     /// Seed of the schedule.
     pub(crate) seed: u64,
+    /// What to change in the uploaded tasks before the launch.
+    pub(crate) edit_tasks: fn(&mut [Task]),
 }
 
 /// What the test wants to know afterwards.
@@ -50,6 +53,7 @@ type HostMemory = Box<[u128]>;
 pub(crate) struct PtxDevice {
     profile: Profile,
     module: Module,
+    edit_tasks: fn(&mut [Task]),
     device: DeviceId,
     vm: Arc<Mutex<Vm>>,
     shared: Vec<HostMemory>,
@@ -70,16 +74,11 @@ impl PtxDevice {
         let mut vm = Vm::new(VmConfig {
             seed: options.seed,
             checks: Checks::ALL,
-            stall_steps: 20_000_000,
+            stall_steps: 8_000_000,
             ns_per_step: 10,
             step_limit: STEP_LIMIT,
         });
         let device = vm.add_device("gpu 0");
-        vm.set_annotator(|view| {
-            let mut word = [0; 4];
-            let is_there = view.read_shared(SHARED_FIRST + TASK_WORD, &mut word);
-            is_there.then(|| format!("task {}", u32::from_le_bytes(word)))
-        });
         let profile = Profile {
             name: "ptxvm".into(),
             worker_count: options.workers,
@@ -95,6 +94,7 @@ impl PtxDevice {
         let device = PtxDevice {
             profile,
             module,
+            edit_tasks: options.edit_tasks,
             device,
             vm: Arc::new(Mutex::new(vm)),
             shared: Vec::new(),
@@ -112,6 +112,41 @@ impl PtxDevice {
         self.host_waits.fetch_sub(1, Ordering::AcqRel);
         vm.expect("no thread of the interpreter has panicked")
     }
+
+    /// Lets the test change the uploaded tasks.
+    fn edit(&self, header: &ProgramHeader) -> Result<()> {
+        let mut tasks = vec![Task::new(Opcode::Empty); header.task_count as usize];
+        // SAFETY: a task is 128 bytes of integers without padding, and any bytes are one.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(
+                tasks.as_mut_ptr().cast::<u8>(),
+                size_of_val(tasks.as_slice()),
+            )
+        };
+        let mut vm = self.vm();
+        vm.read(header.tasks, bytes).map_err(wrap)?;
+        (self.edit_tasks)(&mut tasks);
+        // SAFETY: as above.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(tasks.as_ptr().cast::<u8>(), size_of_val(tasks.as_slice()))
+        };
+        vm.write(header.tasks, bytes).map_err(wrap)
+    }
+}
+
+/// The task that a block runs: its index and its op. The loading warp is ahead of it.
+fn task_of(view: &View, tasks: u64) -> Option<String> {
+    let (mut word, mut opcode) = ([0; 4], [0; 2]);
+    if !view.read_shared(SHARED_FIRST + TASK_WORD, &mut word) {
+        return None;
+    }
+    let task_idx = u32::from_le_bytes(word);
+    if !view.read(tasks + u64::from(task_idx) * size_of::<Task>() as u64, &mut opcode) {
+        return None;
+    }
+    let op = Opcode::from_raw(u16::from_le_bytes(opcode)).map_or("no op", Opcode::name);
+    let ahead = if view.warp() == COMPUTE_WARPS { "loading ahead of " } else { "" };
+    Some(format!("{ahead}task {task_idx} ({op})"))
 }
 
 fn wrap(error: ptxvm::VmError) -> Error {
@@ -158,10 +193,13 @@ impl Device for PtxDevice {
     }
 
     fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+        self.edit(header)?;
         let plan = &header.plan;
         let regions = plan.regions();
         {
             let mut vm = self.vm();
+            let tasks = header.tasks;
+            vm.set_annotator(move |view| task_of(view, tasks));
             for pair in regions.windows(2) {
                 let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
                 vm.name_range(heap + first, end - first, name).map_err(wrap)?;

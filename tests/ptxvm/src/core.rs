@@ -144,6 +144,9 @@ pub(crate) struct Core {
     pub(crate) time_ns: u64,
     pub(crate) progress_at: u64,
     pub(crate) host_read_at: u64,
+    /// Plain writes to host memory that no release at system scope has followed, the last of each
+    /// lane: (warp, lane) to the warp's counter and the pc.
+    pub(crate) host_writes: FxHashMap<(u32, usize), (u32, u32)>,
     pub(crate) stuck: bool,
     /// The warp that the scheduler starves for now.
     pub(crate) slow: u32,
@@ -179,6 +182,7 @@ impl Core {
             time_ns: 0,
             progress_at: 0,
             host_read_at: 0,
+            host_writes: FxHashMap::default(),
             stuck: false,
             slow: u32::MAX,
             finished: Clock::default(),

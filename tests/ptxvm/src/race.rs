@@ -357,6 +357,18 @@ impl Races {
         }
     }
 
+    /// What a strong write of a lane, which `releases` or not, tells those outside its device.
+    pub(crate) fn told_outside(&self, (warp, lane): (u32, usize), releases: bool) -> Option<Clock> {
+        if releases {
+            return Some(self.snapshot(warp, lane));
+        }
+        let index = Self::index(warp, lane);
+        let (clock, own, _) = self.threads[index].fenced.as_ref().filter(|f| f.2 == Scope::Sys)?;
+        let mut clock = clock.clone();
+        clock.raise(index, *own);
+        Some(clock)
+    }
+
     fn matches(&self, release: &Release, warp: u32, scope: Scope) -> bool {
         let home = &self.homes[warp as usize];
         let inside = |s: Scope| match s {

@@ -207,9 +207,25 @@ impl Core {
                 0 => String::new(),
                 n => format!(" and {n} more warps"),
             };
-            let message = format!("{why}: these wait {what}: {shown}{more}");
+            let owed = match parked {
+                Parked::No => self.owed_bytes(first.0),
+                _ => String::new(),
+            };
+            let message = format!("{why}: these wait {what}: {shown}{more}{owed}");
             self.report(kind, first, None, message);
         }
+    }
+
+    /// The block's mbarriers that more or fewer bytes have reached than they were told to expect.
+    fn owed_bytes(&self, block: u32) -> String {
+        let region = &self.memory.regions[self.blocks[block as usize].shared as usize];
+        let mut owed: Vec<_> = region.mbarriers.iter().filter(|(_, bar)| bar.tx != 0).collect();
+        owed.sort_by_key(|(offset, _)| **offset);
+        let owed = owed.iter().map(|(offset, bar)| {
+            let place = region.describe(**offset);
+            format!("; the mbarrier {place} still expects {} bytes", bar.tx)
+        });
+        owed.collect()
     }
 
     /// Reports blocks that have not ended.

@@ -119,7 +119,8 @@ impl View<'_> {
         }
     }
 
-    /// Reads the block's shared memory at a shared address; false when that is out of bounds.
+    /// Reads the block's shared memory at a shared address; false when that is out of bounds, or
+    /// nothing has written it.
     pub fn read_shared(&self, addr: u32, out: &mut [u8]) -> bool {
         let mine = |b: &&crate::core::Block| {
             b.launch == self.finding.launch && b.index == self.finding.block
@@ -127,7 +128,7 @@ impl View<'_> {
         let Some(block) = self.core.blocks.iter().find(mine) else { return false };
         let region = &self.core.memory.regions[block.shared as usize];
         let Some(offset) = u64::from(addr).checked_sub(SHARED_FIRST) else { return false };
-        if offset + out.len() as u64 > region.len {
+        if offset + out.len() as u64 > region.len || !region.is_init(offset, out.len() as u32) {
             return false;
         }
         region.read(offset, out);

@@ -259,6 +259,7 @@ fn notes_name_the_task() {
         let (mut task, mut stage) = ([0; 4], [0; 4]);
         assert!(view.read(p, &mut task) && view.read_shared(1024, &mut stage));
         assert!(!view.read(p + 64, &mut task) && !view.read_shared(0, &mut stage));
+        assert!(!view.read_shared(1028, &mut stage), "nothing has written there");
         Some(format!("task {} stage {}", u32::from_le_bytes(task), u32::from_le_bytes(stage)))
     });
     vm.launch(gpu, &module, "k", 1, 1, 16, &[Arg::U64(p), Arg::U64(q)]).unwrap();

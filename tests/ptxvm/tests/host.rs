@@ -61,6 +61,55 @@ fn devices_race_on_host_memory_too() {
     assert_eq!(vm.findings()[0].place.as_deref(), Some("host+0x8"));
 }
 
+/// What one thread is blamed for that runs `body` on mapped memory.
+fn on_host_memory(body: &str) -> Vec<ptxvm::Finding> {
+    let words: [AtomicU32; 4] = Default::default();
+    let module = Module::parse(&kernel(body)).unwrap();
+    let mut vm = Vm::new(VmConfig::default());
+    let gpu = vm.add_device("gpu0");
+    // SAFETY: `words` outlives the machine, which is used in this function only.
+    let at = unsafe { vm.map_host("host", words.as_ptr().cast_mut().cast(), 16) };
+    vm.launch(gpu, &module, "k", 1, 1, 16, &[Arg::U64(at), Arg::U64(0)]).unwrap();
+    assert_eq!(vm.run(u64::MAX), RunState::Finished);
+    vm.findings().to_vec()
+}
+
+#[test]
+fn the_host_is_outside_the_device() {
+    let blamed = |body: &str| {
+        let found = on_host_memory(body);
+        assert_eq!(found.len(), 1, "{body}: {found:?}");
+        assert_eq!(found[0].kind, FindingKind::DataRace, "{body}");
+        found[0].message.clone()
+    };
+    for access in [
+        "ld.acquire.SCOPE.global.u32 %r4, [%rd1];",
+        "st.release.SCOPE.global.u32 [%rd1], 1;",
+        "atom.relaxed.SCOPE.global.exch.b32 %r4, [%rd1], 1;",
+    ] {
+        assert!(on_host_memory(&access.replace("SCOPE", "sys")).is_empty(), "{access}");
+        assert!(blamed(&access.replace("SCOPE", "gpu")).starts_with("a gpu-scope access"));
+    }
+    let data = "st.global.u32 [%rd1+8], 7;";
+    let flag = "st.relaxed.sys.global.u32 [%rd1], 1;";
+    for signal in [
+        "st.release.sys.global.u32 [%rd1], 1;",
+        "fence.acq_rel.sys;\nst.relaxed.sys.global.u32 [%rd1], 1;",
+        // Released before, by another word.
+        "st.release.sys.global.u32 [%rd1+4], 1;\nst.relaxed.sys.global.u32 [%rd1], 1;",
+    ] {
+        assert!(on_host_memory(&format!("{data}\n{signal}")).is_empty(), "{signal}");
+    }
+    assert!(on_host_memory(&format!("{flag}\n{data}")).is_empty());
+    for body in [
+        format!("{data}\n{flag}"),
+        format!("{data}\nfence.acq_rel.gpu;\n{flag}"),
+        format!("fence.acq_rel.sys;\n{data}\n{flag}"),
+    ] {
+        assert!(blamed(&body).starts_with("the host may see this write before the one at line"));
+    }
+}
+
 #[test]
 fn parts_of_a_heap() {
     let module = Module::parse(&kernel(

@@ -85,6 +85,7 @@ impl Core {
             return;
         }
         self.check_race(w, (region, offset, total), lanes, kind);
+        self.check_host_scope(w, acc, (region, offset), lanes);
         if acc.nc {
             self.check_coherence(w, (region, offset, total), lanes);
         }
@@ -166,6 +167,8 @@ impl Core {
         let strength = strength(acc);
         let kind = Kind { write: true, strength, bytes: size, asynchronous: false };
         self.check_race(w, (region, offset, total), 1 << lane, kind);
+        self.check_host_scope(w, acc, (region, offset), 1 << lane);
+        self.check_host_write(w, acc, (region, offset), lane);
         let r = &mut self.memory.regions[region as usize];
         if acc.order != Order::Weak || !r.sync.is_empty() {
             let how = (strong_scope(acc), acc.order.releases(), false);
@@ -198,6 +201,7 @@ impl Core {
         let strength = Strength::Strong(acc.scope);
         let kind = Kind { write: true, strength, bytes: size, asynchronous: false };
         self.check_race(w, (region, offset, size), 1 << lane, kind);
+        self.check_host_scope(w, acc, (region, offset), 1 << lane);
         if reads {
             let var = self.memory.regions[region as usize].sync.get(&offset);
             self.races.observe(var, (w.id, 1 << lane), acc.scope, acc.order.acquires());

@@ -4,6 +4,7 @@ pub(crate) mod barrier;
 mod check;
 pub(crate) mod copy;
 mod data;
+mod host;
 mod mbar;
 mod mem;
 mod wide;
