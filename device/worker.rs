@@ -161,6 +161,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         word.load_acquire() != StopWord::Run as u32
     }
 
+    /// Where a queue's entries are.
     #[inline(always)]
     pub fn span(&self, queue_idx: u32) -> QueueSpan {
         let count = self.header.worker_count as usize + 1;

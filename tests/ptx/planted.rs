@@ -1,7 +1,7 @@
 //! Mistakes planted in the PTX and in the program: each is found, with its task, op and line.
 
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
-use tilert_mk_shared::tile::COMPUTE_WARPS;
+use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUT_BYTES_MIN, PAGE_BYTES, PAGE_COUNT_MIN, ring};
 
 use super::ptx_device::{PtxDevice, PtxOptions};
 use super::{PROMPT, edit, run, shipped};
@@ -107,8 +107,12 @@ const VALUES: [Planted; 7] = [
     ),
     planted("thresholds that are one too low", Tasks(low_thresholds), EARLY),
     planted("a threshold that is one too high", Tasks(high_threshold), STUCK),
-    planted("a tile that has a row too many", Tasks(longer_tile), &["OutOfBounds"]),
-    planted("tiles that overlap by a row", Tasks(overlapping_tiles), RACE),
+    planted("a tile whose rows are too long", Tasks(longer_rows), &["OutOfBounds"]),
+    planted(
+        "tiles that overlap by a row",
+        Tasks(overlapping_tiles),
+        &["DataRace", "UninitialisedMemory"],
+    ),
 ];
 
 /// The loop of the kernel.
@@ -286,27 +290,30 @@ fn high_threshold(tasks: &mut [Task]) {
     tasks.iter_mut().find(attention).expect("there is attention").wait_count += 1;
 }
 
-/// The row after the last one of the last matrix.
-fn longer_tile(tasks: &mut [Task]) {
+/// Columns after the last ones of the last matrix.
+fn longer_rows(tasks: &mut [Task]) {
     let linear = |task: &&mut Task| task.opcode == Opcode::Linear as u16;
-    tasks.iter_mut().rfind(linear).expect("there are matrices").words[4] += 1;
+    tasks.iter_mut().rfind(linear).expect("there are matrices").words[0] += 256;
 }
 
-/// Tiles also take the first row of the next one, where both are of one matrix.
+/// Tiles put their first product where the last one of the tile before is.
 fn overlapping_tiles(tasks: &mut [Task]) {
     for idx in 1..tasks.len() {
-        let [task, next] = [tasks[idx - 1], tasks[idx]];
-        let bytes = LinearArgs::unpack(&task).weight_bytes();
-        let is_followed = task.segment(0).weights + bytes == next.segment(0).weights;
-        if task.opcode == Opcode::Linear as u16 && task.segment_count() == 1 && is_followed {
-            tasks[idx - 1].words[4] += 1;
+        let [task, next] = [&tasks[idx - 1], &tasks[idx]].map(LinearArgs::unpack);
+        let [end, first] =
+            [task.segments[0].out_first + task.row_count(), next.segments[0].out_first];
+        let are_linear = tasks[idx - 1..=idx].iter().all(|t| t.opcode == Opcode::Linear as u16);
+        if are_linear && tasks[idx].segment_count() == 1 && task.y == next.y && end == first {
+            tasks[idx].words[5] -= 1;
         }
     }
 }
 
 /// What is said about a mistake, in the order in which it is noticed.
 fn messages(mistake: &Planted) -> Vec<String> {
-    let mut options = shipped(mistake.capability, 2, 5);
+    // With few pages, each is soon filled again.
+    let shared_bytes = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * PAGE_BYTES;
+    let mut options = PtxOptions { shared_bytes, ..shipped(mistake.capability, 2, 5) };
     let text = match mistake.place {
         Statement(find, replace) => options.text.replace(find, replace),
         Text(edit) => edit(&options.text),
