@@ -27,6 +27,10 @@ use crate::worker::{Claim, Worker};
 
 /// Index of a task that does not exist: the queue is empty for good.
 const NO_TASK: u32 = u32::MAX;
+/// Copies under way at once in a block. More fill the queues of the memory system, in which events
+/// and activations then wait behind weights.
+#[cfg(tilert_sm90)]
+const COPY_COUNT_MAX: u32 = 1;
 /// Tests of a barrier after which something is broken: seconds.
 const TEST_COUNT_MAX: u32 = 1 << 30;
 /// Bytes of the record in a task slot; the task's index, its step and its first page follow.
@@ -116,6 +120,11 @@ fn wait(barrier: u32, parity: u32) {
 /// A position in the ring of pages.
 pub struct PageCursor {
     ring: RingCursor,
+    /// The oldest copy that may be under way, and how many were begun, up to the limit.
+    #[cfg(tilert_sm90)]
+    oldest: RingCursor,
+    #[cfg(tilert_sm90)]
+    copy_count: Cell<u32>,
     first: u32,
 }
 
@@ -133,6 +142,10 @@ impl PageCursor {
         let (full, empty) = (shared + FULL_BARRIERS, shared + EMPTY_BARRIERS);
         PageCursor {
             ring: RingCursor::new(full, empty, header.page_count),
+            #[cfg(tilert_sm90)]
+            oldest: RingCursor::new(full, empty, header.page_count),
+            #[cfg(tilert_sm90)]
+            copy_count: Cell::new(0),
             first: shared + ring(header.input_bytes),
         }
     }
@@ -146,6 +159,18 @@ impl PageCursor {
         };
         self.ring.index.set(index);
         self.ring.parity.set(parity);
+    }
+
+    /// Waits until fewer than `COPY_COUNT_MAX` copies are under way; one more begins now.
+    #[cfg(tilert_sm90)]
+    #[inline(always)]
+    fn limit_copies(&self) {
+        if self.copy_count.get() < COPY_COUNT_MAX {
+            self.copy_count.set(self.copy_count.get() + 1);
+        } else {
+            self.oldest.wait_full();
+            self.oldest.advance();
+        }
     }
 
     /// Shared address of the page.
@@ -339,6 +364,7 @@ fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
             if !goes_on {
                 break;
             }
+            pages.limit_copies();
             let (full, bytes) = (pages.ring.full(), page_bytes.min(left));
             // SAFETY: an initialised barrier, and a copy of as many bytes. Weights are bound, and
             // multiples of 16 bytes; the page is empty until its barrier says otherwise.
