@@ -108,7 +108,7 @@ impl Engine {
             program.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let weights: Box<dyn WeightSource + Send> = match checkpoint {
             Some(checkpoint) => load(checkpoint, options.load, &needed, progress)?,
-            None => Box::new(DummyWeights::new(&needed, dtype, 0)?),
+            None => Box::new(DummyWeights::new(&needed, dtype, 0, progress)?),
         };
         Engine::start(config, program, device, weights, dtype, options, progress)
     }

@@ -11,6 +11,8 @@ use tilert_mk_model::weights::{Dtype, TensorView, WeightSource};
 
 /// Bytes that one stream of random numbers fills.
 const PIECE_BYTES: usize = 1 << 20;
+/// Pieces that are filled between two reports of progress.
+const BATCH_PIECES: usize = 256;
 /// Most threads that fill memory; two saturate what page faults allow on small machines.
 const THREAD_COUNT_MAX: usize = 8;
 /// Distinct values of a tensor. Their encodings stay in the first-level cache.
@@ -25,11 +27,17 @@ pub struct DummyWeights(Arena);
 
 impl DummyWeights {
     /// Makes the listed tensors: norm weights near 1, all else uniform with deviation 0.02.
+    /// `progress` hears of bytes done and in all.
     ///
     /// Errors:  `Overflow`, `Memory`.
     /// Cost:    writes every byte once, on up to `THREAD_COUNT_MAX` threads; 560 MiB of bf16 took
     ///          0.51 s on two cores.
-    pub fn new(needed: &Needed, dtype: Dtype, seed: u64) -> Result<Self, LoadError> {
+    pub fn new(
+        needed: &Needed,
+        dtype: Dtype,
+        seed: u64,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
         let mut plan = Plan::new();
         let mut names = BTreeSet::new();
         for (name, shape) in needed {
@@ -39,11 +47,17 @@ impl DummyWeights {
         }
         let mut map = plan.map()?;
         let mut pieces = pieces(&plan, &mut map, seed);
+        let byte_count = |pieces: &[Piece<'_>]| pieces.iter().map(|p| p.bytes.len() as u64).sum();
         let thread_count = thread::available_parallelism().map_or(1, usize::from);
-        let share = pieces.len().div_ceil(thread_count.min(THREAD_COUNT_MAX)).max(1);
-        match dtype {
-            Dtype::F32 => fill_all::<4>(&mut pieces, share, dtype),
-            Dtype::F16 | Dtype::Bf16 => fill_all::<2>(&mut pieces, share, dtype),
+        let (total, mut done): (u64, u64) = (byte_count(&pieces), 0);
+        for batch in pieces.chunks_mut(BATCH_PIECES) {
+            let share = batch.len().div_ceil(thread_count.min(THREAD_COUNT_MAX)).max(1);
+            match dtype {
+                Dtype::F32 => fill_all::<4>(batch, share, dtype),
+                Dtype::F16 | Dtype::Bf16 => fill_all::<2>(batch, share, dtype),
+            }
+            done += byte_count(batch);
+            progress(done, total);
         }
         drop(pieces);
         Ok(Self(plan.finish(map)?))
@@ -153,7 +167,7 @@ mod tests {
     #[test]
     fn values_have_the_promised_distribution() {
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-            let weights = DummyWeights::new(&needed(), dtype, 1).unwrap();
+            let weights = DummyWeights::new(&needed(), dtype, 1, &mut |_, _| ()).unwrap();
             let matrix = weights.tensor("m.weight").unwrap();
             assert!(matrix.is_consistent() && matrix.dtype == dtype);
             let (mean, deviation) = statistics(&matrix.to_f32());
@@ -165,7 +179,9 @@ mod tests {
 
     #[test]
     fn values_depend_on_seed_and_name_only() {
-        let make = |needed: &Needed, seed| DummyWeights::new(needed, Dtype::Bf16, seed).unwrap();
+        let make = |needed: &Needed, seed| {
+            DummyWeights::new(needed, Dtype::Bf16, seed, &mut |_, _| ()).unwrap()
+        };
         let mut list = needed();
         let first = make(&list, 7);
         list.push(("y.weight".to_owned(), vec![700, 1001]));
@@ -182,6 +198,6 @@ mod tests {
 
     #[test]
     fn nothing_needed_is_no_error() {
-        assert_eq!(DummyWeights::new(&[], Dtype::F32, 0).unwrap().byte_count(), 0);
+        assert_eq!(DummyWeights::new(&[], Dtype::F32, 0, &mut |_, _| ()).unwrap().byte_count(), 0);
     }
 }
