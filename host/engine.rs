@@ -26,7 +26,8 @@ use tilert_mk_shared::tile::SharedPlan;
 use tilert_mk_shared::trace::TraceRecord;
 
 pub use self::request::{
-    Completion, DeviceKind, EngineOptions, Event, FinishReason, LoadMode, ModelSource, Request,
+    Completion, Compute, DeviceKind, EngineOptions, Event, FinishReason, LoadMode, ModelSource,
+    Request,
 };
 
 use self::bind::{bind, bytes_of, bytes_of_mut, format_of, load, open_checkpoint, read_config};

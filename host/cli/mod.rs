@@ -21,7 +21,7 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tilert_mk_shared::limits::WORKER_COUNT_MAX;
 
-use crate::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
+use crate::engine::{Compute, DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
 use crate::error::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -79,6 +79,9 @@ struct ModelArgs {
     /// Use weights in place, copy them once, or make random ones from config.json alone.
     #[arg(long, value_enum, default_value_t = LoadMode::Map)]
     load: LoadMode,
+    /// Precision of activations and sums.
+    #[arg(long, value_enum, default_value_t = Compute::Exact)]
+    compute: Compute,
 }
 
 fn worker_count(text: &str) -> std::result::Result<u32, String> {
@@ -103,6 +106,7 @@ impl ModelArgs {
             max_context: self.max_context,
             slots: 1,
             load: self.load,
+            compute: self.compute,
             ..EngineOptions::default()
         }
     }

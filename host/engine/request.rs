@@ -56,6 +56,13 @@ pub enum LoadMode {
     Dummy,
 }
 
+/// How products are computed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Compute {
+    /// Weights as stored, activations and sums in f32.
+    Exact,
+}
+
 /// What the user decides about an engine.
 pub struct EngineOptions {
     /// Workers; what the device prefers if none.
@@ -68,6 +75,8 @@ pub struct EngineOptions {
     pub step_tokens: u32,
     /// Where weights are kept.
     pub load: LoadMode,
+    /// Precision.
+    pub compute: Compute,
     /// Steps that the trace keeps; 0 for no trace.
     pub trace_steps: u32,
     /// Time after which a wait inside a step is a fault.
@@ -82,6 +91,7 @@ impl Default for EngineOptions {
             slots: 1,
             step_tokens: STEP_TOKENS_MAX,
             load: LoadMode::Map,
+            compute: Compute::Exact,
             trace_steps: 0,
             wait_ns_max: WAIT_NS_MAX,
         }

@@ -5,16 +5,14 @@
 //! before, since a read of memory under load takes as long as a page.
 
 use tilert_mk_shared::queue::Cursor;
-use tilert_mk_shared::task::Task;
 use tilert_mk_shared::tile::WARP_LANES;
 
 use super::block::Block;
+use super::loader::RECORD_BYTES;
 use super::memory::load_constant_word;
 use super::warp;
 use crate::worker::Worker;
 
-/// Bytes of a task's record: a word for each lane.
-const RECORD_BYTES: u64 = size_of::<Task>() as u64;
 /// Bytes of a word.
 const WORD_BYTES: u64 = 4;
 
@@ -86,10 +84,11 @@ impl Feed {
             self.entry = unsafe { load_constant_word(address) };
         }
         let task_idx = warp::take_word(self.entry, position % WARP_LANES);
-        let address = self.records + u64::from(task_idx) * RECORD_BYTES;
+        let address = self.records + u64::from(task_idx) * u64::from(RECORD_BYTES);
         // SAFETY: a word of a task of the program, which nobody writes.
         self.next = Fed { task_idx, epoch, word: unsafe { load_constant_word(address) } };
     }
 }
 
-const _: () = assert!(RECORD_BYTES == WORD_BYTES * WARP_LANES as u64);
+// Each lane holds a word of a record.
+const _: () = assert!(RECORD_BYTES as u64 == WORD_BYTES * WARP_LANES as u64);

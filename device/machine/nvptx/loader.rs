@@ -328,19 +328,18 @@ fn stream(block: &Block, lane: u32, task: &Task) -> bool {
 }
 
 /// A task's packed weights.
-#[derive(Clone, Copy)]
-pub struct Weights {
+struct Weights {
     /// Address of the first byte.
-    pub from: u64,
+    from: u64,
     /// Bytes in all.
-    pub bytes: u32,
+    bytes: u32,
     /// Bytes of a page, but for the last.
     page_bytes: u32,
 }
 
 /// The packed weights of a task that has such.
 #[inline(always)]
-pub fn packed(task: &Task) -> Option<Weights> {
+fn packed(task: &Task) -> Option<Weights> {
     let args = LinearArgs::unpack(task);
     if task.opcode != Opcode::Linear as u16 || args.format != WeightFormat::Bf16 {
         return None;
