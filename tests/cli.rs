@@ -86,7 +86,7 @@ fn copy_of(family: &str) -> tempfile::TempDir {
 
 #[test]
 fn usage_errors_exit_with_2() {
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
         (&[], "subcommand"),
         (&["lunch"], "lunch"),
         (&["launch", "--modle", "x"], "--modle"),

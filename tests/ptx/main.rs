@@ -1,6 +1,7 @@
-//! The PTX that ships, executed: the same answers as the CPU machine, no race, no hang.
+//! The PTX that ships, executed: the reference's answers, no race, no hang.
 
 mod edit;
+mod golden;
 mod planted;
 #[path = "../common/ptx_device.rs"]
 mod ptx_device;
@@ -11,7 +12,6 @@ use std::path::PathBuf;
 
 use ptx_device::{PtxDevice, PtxOptions};
 use tilert_mk::driver::Device;
-use tilert_mk::driver::cpu::CpuDevice;
 use tilert_mk::driver::cuda::kernels;
 use tilert_mk::engine::{Engine, EngineOptions, Event, ModelSource, Request};
 use tilert_mk::error::Error;
@@ -19,9 +19,6 @@ use tilert_mk_shared::sample::SamplingParams;
 
 /// Shared memory of one block of the chips that the two kernels are made for.
 const SHARED_BYTES: [(u32, u32); 2] = [(90, 227 << 10), (80, 163 << 10)];
-/// Largest difference of logits between the machines: both are within 1e-4 of the reference.
-const TOLERANCE: f32 = 1e-4;
-
 /// The prompt of most runs.
 const PROMPT: [u32; 9] = [74, 179, 209, 167, 92, 25, 102, 252, 72];
 
@@ -45,17 +42,18 @@ impl Output {
     }
 }
 
-/// Two tokens after `prompt`, on `device`, in steps of `width` tokens.
+/// `max_tokens` tokens after `prompt`, on `device`, in steps of `width` tokens.
 fn run(
     [family, folder]: [&str; 2],
     device: Box<dyn Device>,
     width: u32,
     prompt: &[u32],
+    max_tokens: u32,
 ) -> Result<Output, Error> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
     let path = path.join(folder);
     let options = EngineOptions {
-        max_context: Some(32),
+        max_context: Some(64),
         step_tokens: width,
         wait_ns_max: 50_000_000,
         ..EngineOptions::default()
@@ -64,7 +62,7 @@ fn run(
     let mut engine = Engine::open(source, device, &options, &mut |_, _| ())?;
     let request = Request {
         prompt,
-        max_tokens: 2,
+        max_tokens,
         stop_ids: &[],
         sampling: SamplingParams::GREEDY,
         want_logits: true,
@@ -79,10 +77,6 @@ fn run(
     Ok(Output { ids: completion.ids, rows })
 }
 
-fn run_cpu(golden: [&str; 2]) -> Output {
-    run(golden, Box::new(CpuDevice::new()), 8, &PROMPT).expect("the CPU machine works")
-}
-
 /// The shipped PTX for `capability`, unchanged.
 fn shipped(capability: u32, workers: u32, seed: u64) -> PtxOptions {
     let (_, text) = kernels().find(|(kind, _)| *kind == capability).expect("the kernel is built");
@@ -92,45 +86,26 @@ fn shipped(capability: u32, workers: u32, seed: u64) -> PtxOptions {
 }
 
 /// A run of the PTX, which must be free of findings.
-fn run_ptx(golden: [&str; 2], options: PtxOptions, width: u32, prompt: &[u32]) -> Output {
+fn run_ptx(
+    golden: [&str; 2],
+    options: PtxOptions,
+    width: u32,
+    prompt: &[u32],
+    max_tokens: u32,
+) -> Output {
     let (device, report) = PtxDevice::new(options);
-    let output = run(golden, Box::new(device), width, prompt);
+    let output = run(golden, Box::new(device), width, prompt, max_tokens);
     let report = report.lock().expect("the device has not panicked");
     assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
     assert!(report.lane_steps > 0);
     output.expect("the request ends")
 }
 
-fn assert_close(found: &Output, expected: &Output) {
-    assert_eq!(found.ids, expected.ids);
-    assert_eq!(found.rows.len(), expected.rows.len());
-    for (position, (found, expected)) in found.rows.iter().zip(&expected.rows).enumerate() {
-        for (token, (found, expected)) in found.iter().zip(expected).enumerate() {
-            let difference = (found - expected).abs();
-            assert!(difference <= TOLERANCE, "position {position}, token {token}: {difference}");
-        }
-    }
-}
-
-#[test]
-fn every_family_and_format_agrees_with_the_cpu() {
-    for (idx, family) in ["llama", "smollm2", "qwen3", "qwen3_yarn"].into_iter().enumerate() {
-        for folder in ["f32", "bf16"] {
-            let expected = run_cpu([family, folder]);
-            for (capability, workers) in [(90, [1, 2, 5][idx % 3]), (80, 2)] {
-                let options = shipped(capability, workers, 11);
-                let found = run_ptx([family, folder], options, 8, &PROMPT);
-                assert_close(&found, &expected);
-            }
-        }
-    }
-}
-
 #[test]
 fn widths_workers_and_schedules_leave_the_bits_alone() {
-    let expected = run_ptx(["qwen3", "bf16"], shipped(90, 2, 0), 8, &PROMPT);
+    let expected = run_ptx(["qwen3", "bf16"], shipped(90, 2, 0), 8, &PROMPT, 2);
     for (seed, (width, workers)) in (1..).zip([(1, 1), (2, 3), (3, 2), (5, 5), (8, 1), (8, 2)]) {
-        let found = run_ptx(["qwen3", "bf16"], shipped(90, workers, seed), width, &PROMPT);
+        let found = run_ptx(["qwen3", "bf16"], shipped(90, workers, seed), width, &PROMPT, 2);
         assert!(found.is_same(&expected), "{workers} workers, width {width} differ");
     }
 }
@@ -148,7 +123,7 @@ fn a_stalled_worker_is_named_with_what_it_waits_for() {
     let text = format!("{}{barrier}\n{stall}{}", &text[..place], &text[place + barrier.len()..]);
     let options = PtxOptions { text, ..shipped(90, 2, 3) };
     let (device, _) = PtxDevice::new(options);
-    let output = run(["qwen3", "bf16"], Box::new(device), 8, &PROMPT);
+    let output = run(["qwen3", "bf16"], Box::new(device), 8, &PROMPT, 2);
     let error = output.err().expect("the run cannot end");
     let message = error.to_string();
     println!("{message}");

@@ -327,7 +327,7 @@ fn messages(mistake: &Planted) -> Vec<String> {
         options = PtxOptions { text, ..options };
     }
     let (device, report) = PtxDevice::new(options);
-    let output = run(["qwen3", "bf16"], Box::new(device), 8, &PROMPT);
+    let output = run(["qwen3", "bf16"], Box::new(device), 8, &PROMPT, 2);
     let mut lines = report.lock().expect("the device has not panicked").findings.clone();
     lines.extend(output.err().map(|error| error.to_string()));
     lines

@@ -9,7 +9,7 @@ const SEED_COUNT_MANY: u64 = 200;
 
 /// The smallest golden model: a step of two tokens, then two of one.
 fn request(seed: u64) -> Output {
-    run_ptx(["llama", "bf16"], shipped(90, 2, seed), 2, &PROMPT[..3])
+    run_ptx(["llama", "bf16"], shipped(90, 2, seed), 2, &PROMPT[..3], 2)
 }
 
 fn same_bits_under(seed_count: u64) {
