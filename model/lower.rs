@@ -375,6 +375,13 @@ fn named(tensor: TensorIdx, byte: u64) -> u64 {
     ((u64::from(tensor.0) + 1) << TENSOR_SHIFT) + byte
 }
 
+/// The index of the tensor that a weight name means, and the byte in it; none for a reference that
+/// is no such name. The inverse of `named`.
+pub fn named_place(name: u64) -> Option<(usize, u64)> {
+    let index = (name >> TENSOR_SHIFT).checked_sub(1)?;
+    Some((index as usize, name & ((1 << TENSOR_SHIFT) - 1)))
+}
+
 /// Rows `from` to `to` of a matrix.
 fn rows_of(matrix: &Matrix, from: u32, to: u32, row_bytes: u64) -> Segment {
     let bias_byte = u64::from(from) * size_of::<f32>() as u64;

@@ -9,7 +9,7 @@
 use crate::program::ProgramHeader;
 use crate::task::{Task, WeightFormat};
 
-/// Columns of a page.
+/// Columns of a page of f32 or f16 weights.
 pub const CHUNK_COLUMNS: u32 = 1024;
 /// Rows of a page that one warp multiplies.
 pub const ROWS_PER_WARP: u32 = 8;

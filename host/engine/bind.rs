@@ -1,7 +1,7 @@
 //! Binding: a checkpoint's tensors become the addresses in a program's tasks.
 
 use tilert_mk_model::config::ModelConfig;
-use tilert_mk_model::lower::{Program, TENSOR_SHIFT};
+use tilert_mk_model::lower::{Program, named_place};
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
@@ -127,9 +127,8 @@ pub(super) fn bind(
     let packed = if packs { pack::upload(&tasks, &views, device, progress)? } else { Vec::new() };
     for task in &mut tasks {
         for reference in &mut task.refs {
-            let index = (*reference >> TENSOR_SHIFT) as usize;
-            if index > 0 {
-                *reference = bases[index - 1] + (*reference & ((1 << TENSOR_SHIFT) - 1));
+            if let Some((index, byte)) = named_place(*reference) {
+                *reference = bases[index] + byte;
             }
         }
     }
@@ -146,9 +145,9 @@ fn stored_tensors(program: &Program, packs: bool) -> Vec<bool> {
     for task in &program.tasks {
         let is_packed = packs && task.opcode == Opcode::Linear as u16;
         for (ref_idx, reference) in task.refs.iter().enumerate() {
-            let index = (*reference >> TENSOR_SHIFT) as usize;
-            if index > 0 && !(is_packed && LINEAR_WEIGHTS.contains(&ref_idx)) {
-                is_stored[index - 1] = true;
+            let is_replaced = is_packed && LINEAR_WEIGHTS.contains(&ref_idx);
+            if let (false, Some((index, _))) = (is_replaced, named_place(*reference)) {
+                is_stored[index] = true;
             }
         }
     }

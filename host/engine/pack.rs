@@ -3,7 +3,7 @@
 use std::num::NonZero;
 use std::thread;
 
-use tilert_mk_model::lower::TENSOR_SHIFT;
+use tilert_mk_model::lower::named_place;
 use tilert_mk_model::weights::TensorView;
 use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
@@ -67,11 +67,9 @@ fn piece<'a>(task: &Task, views: &[TensorView<'a>]) -> Result<Piece<'a>> {
     let args = LinearArgs::unpack(task);
     let mut segments = Vec::new();
     for segment in args.segments.iter().filter(|segment| segment.row_count > 0) {
-        let index = (segment.weights >> TENSOR_SHIFT) as usize;
-        let first = (segment.weights & ((1 << TENSOR_SHIFT) - 1)) as usize;
         let len = segment.row_count as usize * args.in_dim as usize * VALUE_BYTES;
-        let rows = index.checked_sub(1).and_then(|index| views.get(index)?.data.get(first..));
-        let rows = rows.and_then(|rows| rows.get(..len));
+        let rows = named_place(segment.weights)
+            .and_then(|(index, first)| views.get(index)?.data.get(first as usize..)?.get(..len));
         segments.push(rows.ok_or_else(|| Error::Request("weights outside a tensor".into()))?);
     }
     Ok(Piece { packing: Packing::new(args.row_count(), args.in_dim), segments })

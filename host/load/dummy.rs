@@ -47,18 +47,11 @@ impl DummyWeights {
         }
         let mut map = plan.map()?;
         let mut pieces = pieces(&plan, &mut map, seed);
-        let byte_count = |pieces: &[Piece<'_>]| pieces.iter().map(|p| p.bytes.len() as u64).sum();
-        let thread_count = thread::available_parallelism().map_or(1, usize::from);
-        let (total, mut done): (u64, u64) = (byte_count(&pieces), 0);
-        for batch in pieces.chunks_mut(BATCH_PIECES) {
-            let share = batch.len().div_ceil(thread_count.min(THREAD_COUNT_MAX)).max(1);
-            match dtype {
-                Dtype::F32 => fill_all::<4>(batch, share, dtype),
-                Dtype::F16 | Dtype::Bf16 => fill_all::<2>(batch, share, dtype),
-            }
-            done += byte_count(batch);
-            progress(done, total);
-        }
+        let fill_all = match dtype {
+            Dtype::F32 => fill_all::<4>,
+            Dtype::F16 | Dtype::Bf16 => fill_all::<2>,
+        };
+        fill_all(&mut pieces, dtype, progress);
         drop(pieces);
         Ok(Self(plan.finish(map)?))
     }
@@ -101,8 +94,12 @@ fn pieces<'a>(plan: &Plan, map: &'a mut [u8], seed: u64) -> Vec<Piece<'a>> {
     pieces
 }
 
-/// Fills all pieces, `share` of them on each thread; `N` is the size of an element in bytes.
-fn fill_all<const N: usize>(pieces: &mut [Piece<'_>], share: usize, dtype: Dtype) {
+/// Fills all pieces, on several threads; `N` is the size of an element in bytes.
+fn fill_all<const N: usize>(
+    pieces: &mut [Piece<'_>],
+    dtype: Dtype,
+    progress: &mut dyn FnMut(u64, u64),
+) {
     let norm = encodings::<N>(dtype, 1.0, NORM_SPREAD);
     let other = encodings::<N>(dtype, 0.0, SPREAD);
     let fill_share = |pieces: &mut [Piece<'_>]| {
@@ -110,11 +107,19 @@ fn fill_all<const N: usize>(pieces: &mut [Piece<'_>], share: usize, dtype: Dtype
             fill(piece.bytes, if piece.is_norm { &norm } else { &other }, piece.stream);
         }
     };
-    thread::scope(|scope| {
-        for pieces in pieces.chunks_mut(share) {
-            scope.spawn(|| fill_share(pieces));
-        }
-    });
+    let byte_count = |pieces: &[Piece<'_>]| pieces.iter().map(|p| p.bytes.len() as u64).sum();
+    let thread_count = thread::available_parallelism().map_or(1, usize::from);
+    let (total, mut done): (u64, u64) = (byte_count(pieces), 0);
+    for batch in pieces.chunks_mut(BATCH_PIECES) {
+        let share = batch.len().div_ceil(thread_count.min(THREAD_COUNT_MAX));
+        thread::scope(|scope| {
+            for pieces in batch.chunks_mut(share) {
+                scope.spawn(|| fill_share(pieces));
+            }
+        });
+        done += byte_count(batch);
+        progress(done, total);
+    }
 }
 
 /// The values of the distribution, evenly spaced over centre +- spread, as stored elements.

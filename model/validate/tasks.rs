@@ -13,7 +13,7 @@ use super::access::{Accesses, Region};
 use super::error::{TaskDefect as Defect, ValidateError};
 use super::memory::Memory;
 use super::{Staging, name};
-use crate::lower::{Program, TENSOR_SHIFT, Tensor};
+use crate::lower::{Program, TENSOR_SHIFT, Tensor, named_place};
 
 /// Rows of one tensor that one task uses.
 struct Use {
@@ -342,11 +342,10 @@ impl<'a> Checker<'a> {
 
     /// The tensor that a reference names.
     fn tensor(&self, what: &'static str, reference: u64) -> Result<Named<'a>, Defect> {
-        let index = (reference >> TENSOR_SHIFT) as usize;
-        let tensor = index.checked_sub(1).and_then(|idx| self.program.tensors.get(idx));
-        let tensor = tensor.ok_or(Defect::Tensor { what, reference })?;
-        let byte = reference & ((1 << TENSOR_SHIFT) - 1);
-        Ok(Named { tensor_idx: index - 1, tensor, byte })
+        let named = named_place(reference).and_then(|(tensor_idx, byte)| {
+            Some(Named { tensor_idx, tensor: self.program.tensors.get(tensor_idx)?, byte })
+        });
+        named.ok_or(Defect::Tensor { what, reference })
     }
 
     /// A whole vector of `len` values.

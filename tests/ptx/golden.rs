@@ -1,11 +1,9 @@
 //! The shipped PTX against logits and greedy tokens that `transformers` computed in f32.
 
-use std::path::PathBuf;
-
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use super::{run_ptx, shipped};
+use super::{golden_folder, run_ptx, shipped};
 
 const FAMILIES: [&str; 4] = ["llama", "smollm2", "qwen3", "qwen3_yarn"];
 /// Largest difference of logits from the reference.
@@ -28,7 +26,7 @@ fn ids(value: &Value) -> Vec<u32> {
 impl Golden {
     /// Both variants of a family: weights in f32 and in bf16.
     fn read(family: &'static str) -> Vec<Golden> {
-        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
+        let path = golden_folder(family);
         let text = std::fs::read_to_string(path.join("golden.json")).expect("golden.json");
         let golden: Value = serde_json::from_str(&text).expect("JSON");
         let bytes = std::fs::read(path.join("golden.safetensors")).expect("the logits");

@@ -42,6 +42,11 @@ impl Output {
     }
 }
 
+/// Where a family's checkpoints and reference outputs are.
+fn golden_folder(family: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)
+}
+
 /// `max_tokens` tokens after `prompt`, on `device`, in steps of `width` tokens.
 fn run(
     [family, folder]: [&str; 2],
@@ -50,8 +55,7 @@ fn run(
     prompt: &[u32],
     max_tokens: u32,
 ) -> Result<Output, Error> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family);
-    let path = path.join(folder);
+    let path = golden_folder(family).join(folder);
     let options = EngineOptions {
         max_context: Some(64),
         step_tokens: width,

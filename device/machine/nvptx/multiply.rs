@@ -224,6 +224,6 @@ fn widened<const F: u16, const V: usize>(words: [u32; 4]) -> [f32; V] {
     core::array::from_fn(|idx| if idx < 4 { low[idx % 4] } else { high[idx % 4] })
 }
 
-const _: () = assert!(vector_values(WeightFormat::Bf16) == 8);
+const _: () = assert!(vector_values(WeightFormat::F16) == 8);
 const _: () = assert!(vector_values(WeightFormat::F32) == 4);
 const _: () = assert!(column_warps(WeightFormat::F16) == 4 && COMPUTE_WARPS == 8);
