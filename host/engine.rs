@@ -163,7 +163,7 @@ impl Engine {
             mailbox: device.reserve_shared("the mailbox", size_of::<Mailbox>() as u64)?,
             prompts: device.reserve_shared("the prompts", prompts)?,
             fault: device.reserve_shared("the fault record", size_of::<FaultRecord>() as u64)?,
-            trace: device.reserve_shared("the trace", trace_bytes.max(64))?,
+            trace: device.reserve("the trace", trace_bytes.max(64))?,
             dims: program.dims,
             plan: program.plan,
         };
@@ -425,7 +425,9 @@ impl Engine {
     }
 
     /// Ends the engine; the last traced tasks of each worker, in the order of time.
-    pub fn into_trace(mut self) -> Vec<Vec<TraceRecord>> {
+    ///
+    /// Errors: what the driver says.
+    pub fn into_trace(mut self) -> Result<Vec<Vec<TraceRecord>>> {
         self.shut_down();
         (0..self.header.worker_count).map(|worker_idx| self.trace_of(worker_idx)).collect()
     }

@@ -236,7 +236,7 @@ pub(super) fn run(args: &LaunchArgs) -> Result<()> {
     if let Some(file) = trace {
         let names = engine.program().names.clone();
         let name = |task_idx: u32| names.get(task_idx as usize).cloned().unwrap_or_default();
-        file.write(&engine.into_trace(), &name)?;
+        file.write(&engine.into_trace()?, &name)?;
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ use tilert_mk_model::lower::{Program, named_place};
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
+use tilert_mk_shared::trace::TraceRecord;
 
 use super::{LoadMode, ModelSource, pack};
 use crate::driver::Device;
@@ -35,6 +36,8 @@ unsafe impl Plain for u32 {}
 unsafe impl Plain for f32 {}
 // SAFETY: two words.
 unsafe impl Plain for QueueSpan {}
+// SAFETY: six words of 8 bytes, the first of them two of 4.
+unsafe impl Plain for TraceRecord {}
 // SAFETY: its fields fill its 128 bytes: 2 * 2 + 3 * 4 + 10 * 4 + 9 * 8.
 unsafe impl Plain for Task {}
 

@@ -12,6 +12,7 @@ use tilert_mk_shared::sequence::SequenceParams;
 use tilert_mk_shared::trace::TraceRecord;
 
 use super::Engine;
+use super::bind::bytes_of_mut;
 use crate::error::{Error, Result};
 
 impl Engine {
@@ -117,15 +118,14 @@ impl Engine {
     }
 
     /// A worker's traced tasks in the order of time; after its end.
-    pub(super) fn trace_of(&self, worker_idx: u32) -> Vec<TraceRecord> {
+    pub(super) fn trace_of(&self, worker_idx: u32) -> Result<Vec<TraceRecord>> {
         let capacity = self.header.trace_capacity as usize;
-        let ring_bytes = (capacity * size_of::<TraceRecord>()) as u64;
+        let mut records = vec![TraceRecord::default(); capacity];
+        let ring_bytes = size_of_val(records.as_slice()) as u64;
         let address = self.header.trace + u64::from(worker_idx) * ring_bytes;
-        // SAFETY: the ring lives as long as the device, and the worker that wrote to it has ended.
-        let ring: Span<TraceRecord> = unsafe { Span::new(address, capacity) };
-        let mut records: Vec<_> =
-            ring.as_slice().iter().filter(|record| record.epoch != 0).copied().collect();
+        self.device.read(address, bytes_of_mut(&mut records))?;
+        records.retain(|record| record.epoch != 0);
         records.sort_by_key(|record| record.started_ns);
-        records
+        Ok(records)
     }
 }
