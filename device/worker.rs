@@ -365,26 +365,31 @@ impl<'a, M: Machine> Worker<'a, M> {
         if claimed.swap_relaxed(1) != 0 {
             return;
         }
-        let record = FaultRecord {
-            claimed: 1,
-            code: code as u32,
-            worker_idx: self.worker_idx,
-            task_idx: claim.map_or(0, |claim| claim.task_idx),
-            epoch: claim.map_or(0, |claim| claim.epoch),
-            event: claim.map_or(EventId::NONE.0, |claim| claim.task.wait_event.0),
+        let words = [
+            code as u32,
+            self.worker_idx,
+            claim.map_or(0, |claim| claim.task_idx),
+            claim.map_or(0, |claim| claim.epoch),
+            claim.map_or(EventId::NONE.0, |claim| claim.task.wait_event.0),
             expected,
             observed,
-            time_ns: self.machine.now_ns(),
-        };
+        ];
+        // The words after `claimed`, which others may be swapping.
+        let first = self.header.fault + offset_of!(FaultRecord, code) as u64;
         // SAFETY: this worker alone has claimed the record; the host reads it after `stop` below.
-        let slot: Span<FaultRecord> = unsafe { Span::new(self.header.fault, 1) };
-        slot.write(0, record);
+        let slot: Span<u32> = unsafe { Span::new(first, words.len()) };
+        for (idx, word) in words.into_iter().enumerate() {
+            slot.write(idx, word);
+        }
+        let time = self.header.fault + offset_of!(FaultRecord, time_ns) as u64;
+        // SAFETY: as above.
+        unsafe { Span::<u64>::new(time, 1) }.write(0, self.machine.now_ns());
         let word = self.mailbox_word(offset_of!(Mailbox, stop));
         word.store_release(StopWord::Fault as u32);
     }
 
     /// Runs a task whose input is ready, and signals. Collective.
-    fn execute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
+    pub fn execute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
         self.start(claim, claimed_ns, staged_ns);
         self.run_op(claim)?;
         self.finish(claim);

@@ -54,3 +54,7 @@ pub struct FaultRecord {
 }
 
 const _: () = assert!(size_of::<FaultRecord>() == 64);
+// A worker writes the words from `code` to `observed` one by one.
+const _: () = assert!(
+    core::mem::offset_of!(FaultRecord, observed) - core::mem::offset_of!(FaultRecord, code) == 24
+);

@@ -36,8 +36,9 @@ pub const TASK_SLOT_BYTES: u32 = 256;
 pub const TILE_ROWS_MAX: u32 = 64;
 /// Tokens of a step on a GPU at most.
 pub const GPU_STEP_TOKENS_MAX: u32 = 8;
-/// Bytes of shared memory for input rows at least, and at most. Rows that do not fit stay in the heap.
-pub const INPUT_BYTES_MIN: u32 = 8 << 10;
+/// Bytes of shared memory from `INPUTS` on for input rows at least, and at most. Rows that do not fit
+/// stay in the heap.
+pub const INPUT_BYTES_MIN: u32 = 20 << 10;
 /// See `INPUT_BYTES_MIN`.
 pub const INPUT_BYTES_MAX: u32 = 96 << 10;
 /// Pages that a ring has at least.
@@ -103,13 +104,18 @@ pub const REDUCTION: u32 = TASK_SLOTS + TASK_SLOT_COUNT * TASK_SLOT_BYTES;
 pub const PARTIALS: u32 = REDUCTION + 2048;
 const PARTIAL_BYTES: u32 =
     f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX * column_warps(WeightFormat::F32));
+/// Rows that are kept as bf16 parts at most, for products on tensor cores.
+pub const PART_ROWS_MAX: u32 = 2;
+const NARROW_PARTIAL_BYTES: u32 = f32_bytes(TILE_ROWS_MAX * PART_ROWS_MAX * COMPUTE_WARPS);
 /// Values of attention's partial results of one warp: weighted values, the largest score, the sum of
 /// weights, and padding.
 pub const ATTENTION_PARTIAL_VALUES: u32 = ATTENTION_VALUES + 4;
 const ATTENTION_BYTES: u32 = f32_bytes(COMPUTE_WARPS * ATTENTION_PARTIAL_VALUES);
-/// Offset of the input rows.
-pub const INPUTS: u32 =
-    PARTIALS + if PARTIAL_BYTES > ATTENTION_BYTES { PARTIAL_BYTES } else { ATTENTION_BYTES };
+/// Offset of input rows that are kept as parts.
+pub const INPUTS: u32 = PARTIALS + NARROW_PARTIAL_BYTES;
+/// Offset of other input rows: more partial products, and attention's results, come before them.
+pub const WIDE_INPUTS: u32 = PARTIALS + PARTIAL_BYTES;
+const _: () = assert!(ATTENTION_BYTES <= PARTIAL_BYTES && NARROW_PARTIAL_BYTES <= PARTIAL_BYTES);
 /// What a block's shared memory is divided into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedPlan {
@@ -136,6 +142,10 @@ impl SharedPlan {
             if input_bytes > INPUT_BYTES_MIN { input_bytes } else { INPUT_BYTES_MIN } & !255;
         let count = (shared_bytes - ring(input_bytes)) / PAGE_BYTES;
         let page_count = if count < PAGE_COUNT_MAX { count } else { PAGE_COUNT_MAX };
+        // What is left lets more rows be near.
+        let left = shared_bytes - ring(input_bytes) - page_count * PAGE_BYTES;
+        let input_bytes = (input_bytes + left) & !255;
+        let input_bytes = if input_bytes < limit { input_bytes } else { limit & !255 };
         Some(SharedPlan { input_bytes, page_count })
     }
 
@@ -156,6 +166,7 @@ const _: () = assert!(OP_WORDS.is_multiple_of(8), "a leader's two words differ i
 const _: () = assert!(size_of::<Task>() as u32 + 32 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
-const _: () = assert!((PARTIALS | INPUTS).is_multiple_of(128));
+const _: () = assert!((PARTIALS | INPUTS | WIDE_INPUTS).is_multiple_of(128));
+const _: () = assert!(WIDE_INPUTS < INPUTS + INPUT_BYTES_MIN);
 const _: () =
     assert!(SharedPlan::new(99 << 10, 8192).is_some(), "GPUs with 99 KiB a block have a ring");

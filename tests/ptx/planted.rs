@@ -251,8 +251,10 @@ fn odd_copies(text: &str) -> String {
 }
 
 fn odd_loads(text: &str) -> String {
-    edit::lines(text, |line| {
-        line.trim().starts_with("ld.shared.v4.u32").then(|| line.replace("];", "+4];"))
+    edit::function(text, "linear_bf16", |body| {
+        edit::lines(body, |line| {
+            line.trim().starts_with("ld.shared.v4.u32").then(|| line.replace("];", "+4];"))
+        })
     })
 }
 

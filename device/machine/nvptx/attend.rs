@@ -15,7 +15,7 @@ use super::block::{Block, near};
 use super::memory::{
     Quad, load_global, load_shared_word, store_shared, store_shared_f32, store_shared_word,
 };
-use super::{divide, fma, rsqrt, warp};
+use super::{divide, fma, rsqrt, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Split};
 
@@ -144,6 +144,7 @@ fn scan<const D: usize, const B: usize>(
         let mut first = block_first + member * KEYS * B as u32;
         while first < end {
             let take = |plane: Span<f32>| {
+                let (first, end) = (sreg::fresh(first), sreg::fresh(end));
                 let mut quads = [[[0.0; 4]; D]; B];
                 for (b, quads) in (0u32..).zip(&mut quads) {
                     let row = first + b * KEYS + key;
@@ -286,10 +287,34 @@ fn combine(block: &Block, split: &Split, first: u32, count: u32, group: u32) {
     });
 }
 
+/// The largest value of some, the first of equal ones.
+pub struct Best {
+    /// Its index.
+    pub index: u32,
+    /// The value.
+    pub value: f32,
+    /// Whether one of the values is not a number.
+    pub is_nan: bool,
+}
+
+impl Best {
+    /// Of no values.
+    pub const NONE: Best = Best { index: u32::MAX, value: f32::NEG_INFINITY, is_nan: false };
+
+    /// Looks at one more value, whose index is larger.
+    #[inline(always)]
+    pub fn look(&mut self, value: f32, index: u32) {
+        self.is_nan |= value.is_nan();
+        if value > self.value {
+            (self.index, self.value) = (index, value);
+        }
+    }
+}
+
 /// The index of the block's largest value from each lane's; none if a lane saw no number.
 #[inline(always)]
-pub fn best_of_block(block: &Block, mut best: u32, mut largest: f32, is_nan: bool) -> Option<u32> {
-    let mut nan = u32::from(is_nan);
+pub fn best_of_block(block: &Block, lane: Best) -> Option<u32> {
+    let (mut best, mut largest, mut nan) = (lane.index, lane.value, u32::from(lane.is_nan));
     let mut mask = 16;
     while mask > 0 {
         let (other, index) = (warp::exchange(largest, mask), warp::exchange_word(best, mask));

@@ -9,12 +9,13 @@ use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STEP,
-    TILE_ROWS_MAX, WARP_LANES,
+    COMPUTE_LANES, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, PART_ROWS_MAX, REDUCTION,
+    STEP, TILE_ROWS_MAX, WARP_LANES, WIDE_INPUTS,
 };
 
+use super::attend::Best;
 use super::barrier::sync_compute;
-use super::inputs::{Layout, PART_ROWS_MAX, put};
+use super::inputs::{Layout, put};
 use super::loader::PageCursor;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
@@ -312,15 +313,17 @@ impl Machine for Block {
         let layout = if self.kind.is_narrow {
             Layout::parts(count as u32, dim as u32)
         } else {
-            Layout::whole(count as u32, dim as u32, self.input_bytes)
+            Layout::whole(count as u32, dim as u32, self.input_bytes - (WIDE_INPUTS - INPUTS))
         };
         self.layout.set(layout);
         if layout == Layout::Far {
             return Rows { values: heap, stride: dim.next_multiple_of(16) };
         }
-        let (near, len) = (generic(self.shared + INPUTS), self.input_bytes as usize / 4);
+        let inputs = if self.kind.is_narrow { INPUTS } else { WIDE_INPUTS };
+        let len = (self.input_bytes - (inputs - INPUTS)) as usize / 4;
         // SAFETY: the input area of this block's memory, which only its lanes use.
-        Rows { values: unsafe { Span::new(near, len) }, stride: dim.next_multiple_of(256) }
+        let values = unsafe { Span::new(generic(self.shared + inputs), len) };
+        Rows { values, stride: dim.next_multiple_of(256) }
     }
 
     #[inline(always)]
@@ -498,13 +501,7 @@ impl Machine for Block {
 
     #[inline(always)]
     fn argmax(&self, values: Span<f32>) -> Option<u32> {
-        let (mut best, mut largest, mut is_nan) = (u32::MAX, f32::NEG_INFINITY, false);
-        let mut look = |value: f32, index: u32| {
-            is_nan |= value.is_nan();
-            if value > largest {
-                (best, largest) = (index, value);
-            }
-        };
+        let mut best = Best::NONE;
         // A vocabulary need not be a multiple of four: the rest is looked at one by one.
         let len = values.len() as u32;
         let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
@@ -512,9 +509,13 @@ impl Machine for Block {
         while base < whole {
             let quads = read_quads::<16>(values.address(), base, whole, false);
             for (step, quad) in (0u32..).zip(&quads) {
-                if base + step * TURN < whole {
+                let [a, b, c, d] = *quad;
+                // If a value is not a number the sum is none. Both cases are rare.
+                let is_odd = ((a + b) + (c + d)).is_nan();
+                let is_better = a.max(b).max(c.max(d)) > best.value;
+                if (is_odd || is_better) && base + step * TURN < whole {
                     for (idx, value) in (0..QUAD).zip(quad) {
-                        look(*value, base + step * TURN + idx);
+                        best.look(*value, base + step * TURN + idx);
                     }
                 }
             }
@@ -522,10 +523,10 @@ impl Machine for Block {
         }
         let mut index = whole + self.thread_idx;
         while index < len {
-            look(values.read(index as usize), index);
+            best.look(values.read(index as usize), index);
             index += COMPUTE_LANES;
         }
-        attend::best_of_block(self, best, largest, is_nan)
+        attend::best_of_block(self, best)
     }
 
     #[inline(always)]

@@ -4,13 +4,11 @@
 //! three bf16: its significand has 24 bits, and each part takes the next 8. One or two rows are kept
 //! as parts; more rows are kept as they are, and split when they are used.
 
-use tilert_mk_shared::tile::INPUTS;
+use tilert_mk_shared::tile::{INPUTS, PART_ROWS_MAX};
 
 use super::memory::{Quad, store_shared_pair, upper_halves};
 use crate::machine::Rows;
 
-/// Rows that are kept as parts at most.
-pub const PART_ROWS_MAX: u32 = 2;
 /// Parts of a value.
 pub const PARTS: u32 = 3;
 

@@ -30,7 +30,7 @@ use crate::worker::Worker;
 /// Copies under way at once in a block. More fill the queues of the memory system, in which events
 /// and activations then wait behind weights.
 #[cfg(tilert_sm90)]
-const COPY_COUNT_MAX: u32 = 1;
+const COPY_COUNT_MAX: u32 = 2;
 /// Bytes of a cache line.
 const LINE_BYTES: u32 = 128;
 /// Tests of a barrier after which something is broken: seconds.

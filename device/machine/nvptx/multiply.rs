@@ -8,7 +8,7 @@
 use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, INPUTS, PARTIALS, ROWS_PER_WARP, WARP_LANES, column_warps,
+    CHUNK_COLUMNS, COMPUTE_WARPS, PARTIALS, ROWS_PER_WARP, WARP_LANES, WIDE_INPUTS, column_warps,
     page_rows, vector_values,
 };
 
@@ -16,7 +16,7 @@ use super::barrier::sync_compute;
 use super::block::{Block, widen_words};
 use super::inputs::{Layout, swizzled};
 use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
-use super::{fma, tensor, warp};
+use super::{fma, sreg, tensor, warp};
 use crate::machine::Rows;
 
 const ROWS: usize = ROWS_PER_WARP as usize;
@@ -115,7 +115,7 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: us
         row: row_warp * ROWS_PER_WARP,
         is_near,
         input: x.values.address() + u64::from(column) * 4,
-        input_near: block.shared + INPUTS + swizzled(column) * 4,
+        input_near: block.shared + WIDE_INPUTS + swizzled(column) * 4,
         input_pitch: x.stride as u32 * 4,
         in_dim: LinearArgs::unpack(task).in_dim,
         count,
@@ -165,23 +165,33 @@ fn group<const F: u16, const V: usize, const T: usize, const N: usize, const B: 
         block.pages.wait_full();
         let address = block.pages.address() + lane.vector + lane.row * pitch;
         let is_inside = lane.column < columns;
-        let mut words = [[0u32; 4]; ROWS];
-        for (row, words) in (0u32..).zip(&mut words) {
-            if is_inside && lane.row + row < rows_left {
-                // SAFETY: a vector of a full page.
-                *words = unsafe { load_shared_words(address + row * pitch) };
+        // Half of the rows at a time if there are many sums: all would not fit the registers.
+        let (halves, rows) = (B, ROWS / B);
+        for half in 0..halves {
+            let first_row = half * rows;
+            let mut words = [[0u32; 4]; ROWS];
+            for (row, words) in words.iter_mut().enumerate().take(rows) {
+                let row = sreg::fresh((first_row + row) as u32);
+                if is_inside && lane.row + row < rows_left {
+                    // SAFETY: a vector of a full page.
+                    *words = unsafe { load_shared_words(address + row * pitch) };
+                }
             }
-        }
-        // The weights are in registers: the page may be filled again.
-        block.pages.release(block.warp_lane());
-        if lane.row < rows_left {
+            if half + 1 == halves {
+                // The weights are in registers: the page may be filled again.
+                block.pages.release(block.warp_lane());
+            }
+            if lane.row >= rows_left {
+                continue;
+            }
             for token in 0..B * T {
-                let is_there = is_inside && (token as u32) < lane.count;
-                let input =
-                    if is_there { take_input::<V>(lane, token as u32, first) } else { [0.0; V] };
-                for row in 0..ROWS {
+                // Addresses of all tokens would be kept otherwise.
+                let row = sreg::fresh(token as u32);
+                let is_there = is_inside && row < lane.count;
+                let input = if is_there { take_input::<V>(lane, row, first) } else { [0.0; V] };
+                for row in 0..rows {
                     let weights = widened::<F, V>(words[row]);
-                    let sum = &mut sums[token / T][row * T + token % T];
+                    let sum = &mut sums[token / T][(first_row + row) * T + token % T];
                     for idx in 0..V {
                         *sum = fma(weights[idx], input[idx], *sum);
                     }

@@ -31,6 +31,18 @@ register! {
     block_idx = "ctaid.x"
 }
 
+/// The same value, of which the compiler knows nothing: what is computed from it is not kept.
+#[inline(always)]
+pub fn fresh(value: u32) -> u32 {
+    let same: u32;
+    // SAFETY: copies a register.
+    unsafe {
+        asm!("mov.u32 {s}, {v};", s = out(reg32) same, v = in(reg32) value,
+             options(nomem, nostack));
+    }
+    same
+}
+
 /// Nanoseconds on the GPU's clock. PTX: `%globaltimer`.
 #[inline(always)]
 pub fn now_ns() -> u64 {

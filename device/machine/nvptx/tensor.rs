@@ -16,7 +16,7 @@ use tilert_mk_shared::packed::{
     BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, LANE_COLUMNS, UNIT_COLUMNS,
 };
 use tilert_mk_shared::task::{LinearArgs, Task};
-use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES};
+use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES, WIDE_INPUTS};
 
 use super::block::Block;
 use super::inputs::{Layout, PARTS, split_pair, swizzled};
@@ -82,13 +82,15 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
     let layout = block.layout.get();
     // Columns of accumulators that belong to nobody repeat another's inputs.
     let token = group.min(count - 1);
-    let near = u64::from(block.shared + INPUTS);
     let input = match layout {
         Layout::Parts { rows, pitch } => {
             let (part, token) = ((group / 2).min(PARTS - 1), (group % 2).min(count - 1));
-            near + u64::from(((part * rows + token) * pitch + column) * 2)
+            u64::from(block.shared + INPUTS + ((part * rows + token) * pitch + column) * 2)
         }
-        Layout::Near => near + u64::from((token * x.stride as u32 + swizzled(column)) * 4),
+        Layout::Near => {
+            let offset = (token * x.stride as u32 + swizzled(column)) * 4;
+            u64::from(block.shared + WIDE_INPUTS + offset)
+        }
         Layout::Far => x.values.address() + u64::from(token * x.stride as u32 + column) * 4,
     };
     let whole = block.warp_idx() * digest.unit_bytes + block.warp_lane() * LANE_BYTES;
