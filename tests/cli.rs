@@ -135,6 +135,7 @@ fn help_shows_every_flag_and_examples() {
         "max-context",
         "load",
         "compute",
+        "busy-poll",
         "prefill-chunk",
         "format",
         "logits",
@@ -275,6 +276,19 @@ fn bad_prompts() {
     let empty = tempfile::NamedTempFile::new().unwrap();
     let path = empty.path().to_str().unwrap();
     assert_error(&run(&["launch", "--prompt-file", path]), 1, &["empty prompt", path]);
+}
+
+#[test]
+fn busy_polling_changes_no_token() {
+    let model = golden("llama").join("bf16");
+    let args = ["--prompt-ids", PROMPT_IDS, "--max-tokens", "8", "--ignore-eos"];
+    let ids = stdout(&launch(&model, &args));
+    let path = model.to_str().unwrap();
+    // With fewer workers than this machine has cores, perhaps, and with more.
+    for workers in ["1", "33"] {
+        let launch = ["launch", "--model", path, "--workers", workers, "--busy-poll"];
+        assert_eq!(stdout(&run(&[&launch[..], &args].concat())), ids, "{workers} workers");
+    }
 }
 
 #[test]

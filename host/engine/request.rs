@@ -30,16 +30,16 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Opens the device.
+    /// Opens the device; with `polls_busily`, workers of a CPU never give up their cores.
     ///
     /// Errors: a GPU that was asked for by name and cannot be used.
-    pub fn open(self) -> Result<Box<dyn Device>> {
+    pub fn open(self, polls_busily: bool) -> Result<Box<dyn Device>> {
         match self {
-            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new())),
+            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new(polls_busily))),
             DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(0)?)),
             DeviceKind::Auto => match CudaDevice::open(0) {
                 Ok(device) => Ok(Box::new(device)),
-                Err(_) => Ok(Box::new(CpuDevice::new())),
+                Err(_) => Ok(Box::new(CpuDevice::new(polls_busily))),
             },
         }
     }
