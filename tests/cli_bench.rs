@@ -110,10 +110,30 @@ fn help_has_examples_and_a_subcommand_is_needed() {
     for what in [&["--help"][..], &["decode", "--help"], &["prefill", "--help"]] {
         assert_contains(&stdout(&bench(what)), &["Examples:"]);
     }
-    for what in [&["steps", "--help"][..], &["bandwidth", "--help"]] {
-        assert_contains(&stdout(&bench(what)), &["Examples:", "--plot", "--compare", "--json"]);
+    for what in [["steps", "--help"], ["bandwidth", "--help"], ["runtime", "--help"]] {
+        assert_contains(&stdout(&bench(&what)), &["Examples:", "--plot", "--compare", "--json"]);
     }
     let output = bench(&[]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert_contains(&String::from_utf8(output.stderr).unwrap(), &["decode"]);
+}
+
+#[test]
+fn runtime_has_a_row_for_each_cost() {
+    let args = ["runtime", "--workers", "2", "--device", "cpu", "--samples", "20"];
+    let figures = json(&bench(&[&args[..], &["--json"]].concat()));
+    let rows = figures["rows"].as_array().unwrap();
+    for name in ["claim", "signal", "put of 4096", "task", "2 workers in turns", "reaction", "1024"]
+    {
+        let is_row = |row: &&Value| row["name"].as_str().unwrap().contains(name);
+        let row = rows.iter().find(is_row).unwrap_or_else(|| panic!("{name}: {figures}"));
+        for key in ["p50_ns", "p99_ns", "p999_ns", "max_ns"] {
+            assert!(row[key].as_f64().unwrap() > 0.0, "{row}");
+        }
+        assert_eq!(row["samples"], 20, "{row}");
+    }
+    let text = stdout(&bench(&[&args[..], &["--only", "claim", "--busy-poll"]].concat()));
+    assert_contains(&text, &["claim of a task  p50 ", "20 samples of 32"]);
+    assert!(!text.contains("signal"), "{text}");
+    assert_eq!(bench(&["runtime", "--only", "no such row"]).status.code(), Some(2));
 }

@@ -56,7 +56,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Print what was found of this machine, and what is missing.
     Doctor(doctor::DoctorArgs),
-    /// Measure decoding, prompts, steps, or the memory under them.
+    /// Measure decoding, prompts, steps, the runtime itself, or the memory under it.
     Bench(bench::BenchArgs),
 }
 
@@ -182,8 +182,8 @@ fn status(line: &str) {
 fn usage_message(error: &clap::Error) -> String {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand) {
-        return "a subcommand is needed: launch, inspect, doctor, or bench with decode, prefill, steps \
-                or bandwidth (see --help)"
+        return "a subcommand is needed: launch, inspect, doctor, or bench with decode, prefill, \
+                steps, runtime or bandwidth (see --help)"
             .to_owned();
     }
     let rendered = error.render().to_string();

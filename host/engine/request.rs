@@ -112,6 +112,14 @@ pub struct Request<'a> {
     pub want_logits: bool,
 }
 
+impl<'a> Request<'a> {
+    /// The most likely tokens after `prompt`, `max_tokens` of them whatever they are.
+    pub fn greedy(prompt: &'a [u32], max_tokens: u32) -> Request<'a> {
+        let sampling = SamplingParams::GREEDY;
+        Request { prompt, max_tokens, stop_ids: &[], sampling, want_logits: false }
+    }
+}
+
 /// What happens while requests run.
 pub enum Event<'a> {
     /// A token was generated, at `time_ns` of the engine's clock.

@@ -8,12 +8,12 @@ mod plot;
 mod prefill;
 mod probe;
 mod report;
+mod runtime;
 mod steps;
 
 use std::ops::ControlFlow;
 
 use clap::{Args, Subcommand};
-use tilert_mk_shared::sample::SamplingParams;
 
 use crate::engine::{Completion, Engine, Request};
 use crate::error::Result;
@@ -25,6 +25,7 @@ Examples:
   tilert-mk bench decode --model DIR --load dummy --workers 2 --rounds 10 --json
   tilert-mk bench prefill --model DIR --prompt-tokens 128,512
   tilert-mk bench steps --model DIR --context 64,1024 --width 1,8
+  tilert-mk bench runtime --workers 2 --busy-poll
   tilert-mk bench bandwidth --threads 2
   tilert-mk bench decode --json > old.json
   tilert-mk bench decode --compare old.json --plot decode.svg";
@@ -44,6 +45,8 @@ enum What {
     Prefill(prefill::PrefillArgs),
     /// Decode several sequences at once; print the time of a step by context and by width.
     Steps(steps::StepsArgs),
+    /// Measure what the runtime adds: claims, signals, stages, reactions, sampling.
+    Runtime(runtime::RuntimeArgs),
     /// Print the read bandwidth of the memory.
     Bandwidth(probe::BandwidthArgs),
 }
@@ -54,6 +57,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         What::Decode(args) => decode::run(args),
         What::Prefill(args) => prefill::run(args),
         What::Steps(args) => steps::run(args),
+        What::Runtime(args) => runtime::run(args),
         What::Bandwidth(args) => probe::run(args),
     }
 }
@@ -64,15 +68,9 @@ fn prompt(count: u32, vocab_size: u32) -> Vec<u32> {
     (0..count).map(id).collect()
 }
 
-/// A greedy request that nothing ends early.
-fn request(prompt: &[u32], max_tokens: u32) -> Request<'_> {
-    let sampling = SamplingParams::GREEDY;
-    Request { prompt, max_tokens, stop_ids: &[], sampling, want_logits: false }
-}
-
 /// The answer of `token_count` tokens to `prompt`.
 fn answer(engine: &mut Engine, prompt: &[u32], token_count: u32) -> Result<Completion> {
-    engine.generate(&request(prompt, token_count), &mut |_| ControlFlow::Continue(()))
+    engine.generate(&Request::greedy(prompt, token_count), &mut |_| ControlFlow::Continue(()))
 }
 
 /// Quantiles for people.

@@ -12,9 +12,9 @@ use tilert_mk_shared::limits::DECODE_TOKENS_MAX;
 
 use super::plot::Chart;
 use super::report::{Figures, ReportArgs};
-use super::{prompt, request, table, times};
+use super::{prompt, table, times};
 use crate::cli::ModelArgs;
-use crate::engine::{Engine, EngineOptions, Event};
+use crate::engine::{Engine, EngineOptions, Event, Request};
 use crate::error::{Error, Result};
 use crate::metrics::{TpotUs, intervals_ns, tpot};
 
@@ -101,7 +101,7 @@ fn measure(engine: &mut Engine, prompt: &[u32], width: u32, token_count: u32) ->
     let room = engine.context_max().saturating_sub(context);
     let mut slots = Vec::new();
     for _ in 0..width {
-        slots.push(engine.submit(&request(prompt, room))?);
+        slots.push(engine.submit(&Request::greedy(prompt, room))?);
     }
     // When each sequence's tokens were made, by the order of submission.
     let mut times_ns = vec![Vec::new(); slots.len()];
