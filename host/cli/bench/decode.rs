@@ -53,6 +53,8 @@ struct DecodeFigures {
     weight_bytes: u64,
     bytes_per_token: u64,
     tpot_us: TpotUs,
+    /// Over all intervals: slow tokens count by their length.
+    tokens_per_second: f64,
     /// Bytes of weights that the median token reads in a second.
     decode_bytes_per_second: f64,
     /// On the CPU: of all rounds' probes the best pass, and the median of the medians.
@@ -99,6 +101,7 @@ fn decode(args: &DecodeArgs) -> Result<DecodeFigures> {
     let (tpot_us, bandwidth) = (tpot(all_ns.iter().copied()), over_rounds(&probed));
     let (weight_bytes, bytes_per_token) = (engine.weight_bytes(), engine.bytes_per_token());
     let decode_bytes_per_second = tpot_us.p50.map_or(0.0, |us| bytes_per_token as f64 * 1e6 / us);
+    let all_seconds = all_ns.iter().sum::<u64>() as f64 / 1e9;
     Ok(DecodeFigures {
         device: engine.device_name().to_owned(),
         workers: engine.worker_count(),
@@ -107,6 +110,7 @@ fn decode(args: &DecodeArgs) -> Result<DecodeFigures> {
         weight_bytes,
         bytes_per_token,
         tpot_us,
+        tokens_per_second: all_ns.len() as f64 / all_seconds,
         decode_bytes_per_second,
         bandwidth,
         share_of_best: bandwidth.map(|b| decode_bytes_per_second / b.best_bytes_per_second),
@@ -152,6 +156,7 @@ impl Figures for DecodeFigures {
             ));
         }
         rows.push(("time per token".to_owned(), times(&self.tpot_us)));
+        rows.push(("tokens per second".to_owned(), format!("{:.2}", self.tokens_per_second)));
         let rate = format!("{:.2} GB/s", self.decode_bytes_per_second / 1e9);
         rows.push(("weights read at".to_owned(), rate));
         if let Some(bandwidth) = &self.bandwidth {
@@ -206,6 +211,7 @@ mod tests {
             weight_bytes: 2_000_000,
             bytes_per_token: 1_500_000,
             tpot_us,
+            tokens_per_second: 9e3,
             decode_bytes_per_second: 1.5e10,
             bandwidth,
             share_of_best: Some(0.75),
