@@ -4,8 +4,8 @@
 //
 // Reads a prompt of made-up ids, idx * 7919 modulo the vocabulary as `tilert-mk bench` does, then
 // chooses the most likely token GENERATE_TOKENS times. The first pass is not timed. Prints one JSON
-// object: the ids, the time to the first token, and the times between tokens. POLL, 0 to 100, is how
-// busily llama.cpp's own threads wait; a build with OpenMP does not use it.
+// object: the ids, the time to the first token, and the times between tokens. POLL, 0 to 100, is
+// how busily llama.cpp's own threads wait; a build with OpenMP does not use it.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -3,9 +3,10 @@
 
 usage: .peers/venv/bin/python scripts/peers/models.py FOLDER [NAME...]
 
-Every tensor's values come from numpy's generator with the seed 0 and the tensor's name, so they do not
-depend on the order or on the format. Norms are near 1; a matrix is normal with the deviation at which
-its products are as large as its inputs, so that every layer has a say in the tokens. A GGUF file has no vocabulary beyond its size: both sides get ids.
+Every tensor's values come from numpy's generator with the seed 0 and the tensor's name, so they do
+not depend on the order or on the format. Norms are near 1; a matrix is normal with the deviation at
+which its products are as large as its inputs, so that every layer has a say in the tokens. A GGUF
+file has no vocabulary beyond its size: both sides get ids.
 """
 import json, os, sys, zlib
 import gguf
@@ -19,8 +20,8 @@ QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rms_norm
 
 
 def shape(family, hidden, inner, layers, heads, kv_heads, head_dim, vocab, tied):
-    return {**family, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+    return {**family, "hidden_size": hidden, "intermediate_size": inner,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
             "vocab_size": vocab, "tie_word_embeddings": tied, "hidden_act": "silu",
             "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
             "bos_token_id": 0, "eos_token_id": 1}
@@ -62,7 +63,9 @@ def tensors(config):
 def values(name, shape):
     random = np.random.default_rng([0, zlib.crc32(name.encode())])
     normal = random.standard_normal(shape, dtype=np.float32)
-    return 1 + normal * np.float32(0.05) if len(shape) == 1 else normal / np.sqrt(np.float32(shape[1]))
+    if len(shape) == 1:
+        return 1 + normal * np.float32(0.05)
+    return normal / np.sqrt(np.float32(shape[1]))
 
 
 def to_bf16(x):
@@ -97,7 +100,7 @@ def write_ours(folder, config, form):
 
 
 def pairs_together(x, heads):
-    """Rows of llama's queries and keys as GGUF has them: the halves of a rotated pair side by side."""
+    """Rows of llama's queries and keys as GGUF has them: both values of a rotated pair together."""
     dim = x.shape[0] // heads
     return x.reshape(heads, 2, dim // 2, -1).swapaxes(1, 2).reshape(x.shape)
 

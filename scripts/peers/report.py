@@ -28,32 +28,38 @@ def ratio(row):
     return ours / theirs if ours and theirs else None
 
 
+def bandwidth(row):
+    """Bytes per second that the median probe read."""
+    probes = [turn["bandwidth"]["median_bytes_per_second"] for turn in row["rounds"]]
+    return statistics.median(probes)
+
+
 def share(row, engine):
-    """Weights read in a second over the probed read bandwidth, for a decode that is not from cache."""
+    """Weights read in a second over the probed read bandwidth, for a decode not from cache."""
     us = median(row, engine)
     if row["kind"] == "prefill" or not us or row["weight_bytes"] < 100e6:
         return None
-    probed = statistics.median(turn["bandwidth"]["median_bytes_per_second"] for turn in row["rounds"])
-    return row["weight_bytes"] * 1e6 / us / probed
+    return row["weight_bytes"] * 1e6 / us / bandwidth(row)
 
 
 def shown(value, form):
     return "-" if value is None else format(value, form)
 
 
-HEADER = ["row", "ours tok/s", "theirs", "ratio", "ours p50", "p99.9", "theirs p50", "p99.9", "ours share",
-          "theirs", "GB/s", "others", "ours ran as", "llama.cpp"]
+HEADER = ["row", "ours tok/s", "theirs", "ratio", "ours p50", "p99.9", "theirs p50", "p99.9",
+          "ours share", "theirs", "GB/s", "others", "ours ran as", "llama.cpp"]
 
 
 def cells(row):
     us = lambda engine, quantile: shown(median(row, engine, quantile), ".1f")
-    probed = statistics.median(turn["bandwidth"]["median_bytes_per_second"] for turn in row["rounds"])
+    others = max(turn["busy_share"] for turn in row["rounds"])
     return [row["name"], shown(rate(row, "ours"), ".1f"), shown(rate(row, "theirs"), ".1f"),
             shown(ratio(row), ".2f"), us("ours", "p50"), us("ours", "p999"), us("theirs", "p50"),
-            us("theirs", "p999"), shown(share(row, "ours"), ".0%"), shown(share(row, "theirs"), ".0%"),
-            f"{probed / 1e9:.1f}", f"{max(turn['busy_share'] for turn in row['rounds']):.0%}",
+            us("theirs", "p999"), shown(share(row, "ours"), ".0%"),
+            shown(share(row, "theirs"), ".0%"), f"{bandwidth(row) / 1e9:.1f}", f"{others:.0%}",
             " ".join(row["ours_choice"] or []) or "default",
-            "{}, {}, poll {}".format(*row["theirs_choice"]) + (" (quick)" if row["is_quick"] else "")]
+            "{}, {}, poll {}".format(*row["theirs_choice"])
+            + (" (quick)" if row["is_quick"] else "")]
 
 
 def line(row):
@@ -72,9 +78,10 @@ def svg(rows):
     most = max([value for _, value in bars] + [1.0])
     x = lambda value: NAME_WIDTH + value / most * BAR_WIDTH
     height = (len(bars) + 2) * BAR_HEIGHT + 2 * MARGIN
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{NAME_WIDTH + BAR_WIDTH + 80}" height="{height}" '
-           f'font-family="sans-serif" font-size="13">',
-           f'<text x="{MARGIN}" y="{MARGIN + 12}">tilert-mk over llama.cpp, {html.escape(cpu_name())}</text>']
+    title = f"tilert-mk over llama.cpp, {html.escape(cpu_name())}"
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{NAME_WIDTH + BAR_WIDTH + 80}" '
+           f'height="{height}" font-family="sans-serif" font-size="13">',
+           f'<text x="{MARGIN}" y="{MARGIN + 12}">{title}</text>']
     for idx, (name, value) in enumerate(bars):
         y = MARGIN + (idx + 1) * BAR_HEIGHT
         out.append(f'<text x="{MARGIN}" y="{y + 15}">{html.escape(name)}</text>')
