@@ -45,6 +45,26 @@ impl<'a> Claim<'a> {
     }
 }
 
+/// What a worker knows from one task to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Step and key of the prologue whose result the worker's input rows hold, as
+    /// `epoch << 32 | key`; 0 if they hold none: epochs count from 1.
+    pub prologue: u64,
+    /// The latest step that is known to have begun; its description is near.
+    pub kept_epoch: u32,
+    /// An event that is complete in that step.
+    pub complete: EventId,
+    /// Tasks that the leading lane has begun.
+    pub trace_count: u32,
+}
+
+impl Progress {
+    /// That of a worker which begins.
+    pub const NONE: Progress =
+        Progress { prologue: 0, kept_epoch: 0, complete: EventId::NONE, trace_count: 0 };
+}
+
 /// One worker: what it shares with the others, and what is its own.
 pub struct Worker<'a, M: Machine> {
     /// The program.
@@ -53,31 +73,46 @@ pub struct Worker<'a, M: Machine> {
     pub worker_idx: u32,
     /// What it runs on.
     pub machine: &'a M,
-    /// Step and key of the prologue whose result the worker's input rows hold, as
-    /// `epoch << 32 | key`; 0 if they hold none: epochs count from 1.
+    /// See `Progress`.
     pub prologue: Cell<u64>,
-    begun_epoch: Cell<u32>,
-    complete: Cell<(EventId, u32)>,
-    trace_count: Cell<u64>,
+    kept_epoch: Cell<u32>,
+    complete: Cell<EventId>,
+    trace_count: Cell<u32>,
 }
 
 impl<'a, M: Machine> Worker<'a, M> {
-    /// A worker of the program in `header`.
+    /// A worker of the program in `header` that goes on from `progress`.
     ///
     /// # Safety
     /// Every address in the header and in its tasks is valid for what it names until the worker
     /// ends, no two workers have the same index, and the events of the program order all
     /// conflicting accesses of its tasks.
     #[inline(always)]
-    pub unsafe fn new(header: &'a ProgramHeader, worker_idx: u32, machine: &'a M) -> Self {
+    pub unsafe fn new(
+        header: &'a ProgramHeader,
+        worker_idx: u32,
+        machine: &'a M,
+        progress: Progress,
+    ) -> Self {
         Worker {
             header,
             worker_idx,
             machine,
-            prologue: Cell::new(0),
-            begun_epoch: Cell::new(0),
-            complete: Cell::new((EventId::NONE, 0)),
-            trace_count: Cell::new(0),
+            prologue: Cell::new(progress.prologue),
+            kept_epoch: Cell::new(progress.kept_epoch),
+            complete: Cell::new(progress.complete),
+            trace_count: Cell::new(progress.trace_count),
+        }
+    }
+
+    /// What the worker knows.
+    #[inline(always)]
+    pub fn progress(&self) -> Progress {
+        Progress {
+            prologue: self.prologue.get(),
+            kept_epoch: self.kept_epoch.get(),
+            complete: self.complete.get(),
+            trace_count: self.trace_count.get(),
         }
     }
 
@@ -91,7 +126,8 @@ impl<'a, M: Machine> Worker<'a, M> {
             let claimed_ns = self.trace_ns();
             self.machine.stage(claim.task);
             let staged_ns = self.trace_ns();
-            if self.compute(&claim, claimed_ns, staged_ns).is_err() {
+            let done = self.wait(&claim).and_then(|()| self.execute(&claim, claimed_ns, staged_ns));
+            if done.is_err() {
                 return;
             }
         }
@@ -112,13 +148,6 @@ impl<'a, M: Machine> Worker<'a, M> {
             }
         }
         if version == ABI_VERSION { Ok(()) } else { Err(Stopped) }
-    }
-
-    /// Waits for a claimed task's input, runs it and signals. Collective.
-    #[inline(always)]
-    pub fn compute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
-        self.wait(claim)?;
-        self.execute(claim, claimed_ns, staged_ns)
     }
 
     /// A typed view of `len` values at a heap offset.
@@ -239,17 +268,22 @@ impl<'a, M: Machine> Worker<'a, M> {
             && event::poll(self.event(task.wait_event), target(task.wait_count, epoch))
     }
 
-    /// Waits for a task's input event; runs ready tasks of other queues meanwhile.
+    /// Waits for a task's input event; runs ready tasks of other queues meanwhile. Collective.
     #[inline(always)]
-    fn wait(&self, claim: &Claim) -> Result<(), Stopped> {
+    pub fn wait(&self, claim: &Claim) -> Result<(), Stopped> {
         let wait_event = claim.task.wait_event;
-        if !wait_event.is_some() || self.complete.get() == (wait_event, claim.epoch) {
-            return Ok(());
+        let is_complete = self.complete.get() == wait_event && self.kept_epoch.get() == claim.epoch;
+        if wait_event.is_some() && !is_complete {
+            if self.machine.lead(|| u32::from(self.wait_leading(claim).is_err())) != 0 {
+                return Err(Stopped);
+            }
+            self.complete.set(wait_event);
         }
-        if self.machine.lead(|| u32::from(self.wait_leading(claim).is_err())) != 0 {
-            return Err(Stopped);
+        // `Admit` makes the step; every other task comes after it.
+        let is_admit = claim.task.opcode == Opcode::Admit as u16;
+        if !is_admit && self.kept_epoch.replace(claim.epoch) != claim.epoch {
+            self.machine.keep_step(self.heap(self.header.plan.step, 1));
         }
-        self.complete.set((wait_event, claim.epoch));
         Ok(())
     }
 
@@ -260,11 +294,11 @@ impl<'a, M: Machine> Worker<'a, M> {
         let epoch = if is_admit { claim.epoch.wrapping_sub(1) } else { claim.epoch };
         let goal = target(claim.task.wait_count, epoch);
         let counter = self.event(claim.task.wait_event);
-        let (mut idle_looks, mut deadline_ns) = (0u32, None);
+        // No deadline yet: zero. An `Option` would be two words, one of them undefined at times.
+        let (mut idle_looks, mut deadline_ns) = (0u32, 0u64);
         loop {
             for _ in 0..self.header.polls_per_look {
                 if event::poll(counter, goal) {
-                    self.begun_epoch.set(claim.epoch);
                     return Ok(());
                 }
                 self.machine.relax();
@@ -273,7 +307,7 @@ impl<'a, M: Machine> Worker<'a, M> {
                 return Err(Stopped);
             }
             if M::IS_STEALABLE && self.steal()? {
-                (idle_looks, deadline_ns) = (0, None);
+                (idle_looks, deadline_ns) = (0, 0);
                 continue;
             }
             if !is_admit && self.has_begun(claim.epoch) {
@@ -288,13 +322,8 @@ impl<'a, M: Machine> Worker<'a, M> {
 
     #[inline(always)]
     fn has_begun(&self, epoch: u32) -> bool {
-        if self.begun_epoch.get() != epoch {
-            let begin = self.event(EventId(self.header.begin_event));
-            if event::poll(begin, target(1, epoch)) {
-                self.begun_epoch.set(epoch);
-            }
-        }
-        self.begun_epoch.get() == epoch
+        let begin = self.event(EventId(self.header.begin_event));
+        self.kept_epoch.get() == epoch || event::poll(begin, target(1, epoch))
     }
 
     fn steal(&self) -> Result<bool, Stopped> {
@@ -314,11 +343,13 @@ impl<'a, M: Machine> Worker<'a, M> {
         &self,
         claim: &Claim,
         goal: u32,
-        deadline_ns: &mut Option<u64>,
+        deadline_ns: &mut u64,
     ) -> Result<(), Stopped> {
         let now_ns = self.machine.now_ns();
-        let deadline = *deadline_ns.get_or_insert(now_ns + self.header.wait_ns_max);
-        if now_ns < deadline {
+        if *deadline_ns == 0 {
+            *deadline_ns = now_ns + self.header.wait_ns_max;
+        }
+        if now_ns < *deadline_ns {
             return Ok(());
         }
         let observed = self.event(claim.task.wait_event).load_relaxed();
@@ -352,29 +383,47 @@ impl<'a, M: Machine> Worker<'a, M> {
         word.store_release(StopWord::Fault as u32);
     }
 
-    #[inline(always)]
+    /// Runs a task whose input is ready, and signals. Collective.
     fn execute(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) -> Result<(), Stopped> {
-        let started_ns = self.trace_ns();
-        match Opcode::from_raw(claim.task.opcode) {
-            Some(opcode) => self.machine.run(self, opcode, claim)?,
-            None => {
-                let opcode = u32::from(claim.task.opcode);
-                self.machine.lead(|| {
-                    self.fault(FaultCode::BadTask, Some(claim), 0, opcode);
-                    0
-                });
-                return Err(Stopped);
-            }
+        self.start(claim, claimed_ns, staged_ns);
+        self.run_op(claim)?;
+        self.finish(claim);
+        Ok(())
+    }
+
+    /// Notes that a task's op begins. Collective.
+    #[inline(always)]
+    pub fn start(&self, claim: &Claim, claimed_ns: u64, staged_ns: u64) {
+        if self.machine.lane_idx() == 0 {
+            self.record_start(claim, [claimed_ns, staged_ns]);
         }
+    }
+
+    /// Runs a task's op. Collective.
+    #[inline(always)]
+    pub fn run_op(&self, claim: &Claim) -> Result<(), Stopped> {
+        if let Some(opcode) = Opcode::from_raw(claim.task.opcode) {
+            return self.machine.run(self, opcode, claim);
+        }
+        let opcode = u32::from(claim.task.opcode);
+        self.machine.lead(|| {
+            self.fault(FaultCode::BadTask, Some(claim), 0, opcode);
+            0
+        });
+        Err(Stopped)
+    }
+
+    /// Signals what a task's op has done. Collective.
+    #[inline(always)]
+    pub fn finish(&self, claim: &Claim) {
         // After this every lane's stores are ordered before the leader's signal.
         self.machine.sync();
         if self.machine.lane_idx() == 0 {
-            self.record(claim, [claimed_ns, staged_ns, started_ns]);
+            self.record_end();
             if claim.task.signal_event.is_some() {
                 event::signal(self.event(claim.task.signal_event));
             }
         }
-        Ok(())
     }
 
     /// The time, if the program is traced.
@@ -383,17 +432,28 @@ impl<'a, M: Machine> Worker<'a, M> {
         if self.header.trace_capacity == 0 { 0 } else { self.machine.now_ns() }
     }
 
+    /// This worker's latest trace record; empty if the program is not traced.
     #[inline(always)]
-    fn record(&self, claim: &Claim, times_ns: [u64; 3]) {
-        let capacity = u64::from(self.header.trace_capacity);
-        if capacity == 0 {
+    fn trace_record(&self) -> Span<TraceRecord> {
+        // A power of two, or none.
+        let capacity = self.header.trace_capacity;
+        let last = self.trace_count.get().wrapping_sub(1) & capacity.wrapping_sub(1);
+        let idx = u64::from(self.worker_idx) * u64::from(capacity) + u64::from(last);
+        let address = self.header.trace + idx * size_of::<TraceRecord>() as u64;
+        // SAFETY: this worker's own ring, valid by the contract of `Worker::new`.
+        unsafe { Span::new(address, usize::from(capacity != 0)) }
+    }
+
+    /// Begins the next record. All that is known goes there at once: a GPU has no registers to keep it
+    /// in while the op runs.
+    #[inline(always)]
+    fn record_start(&self, claim: &Claim, [claimed_ns, staged_ns]: [u64; 2]) {
+        self.trace_count.set(self.trace_count.get().wrapping_add(1));
+        let slot = self.trace_record();
+        if slot.is_empty() {
             return;
         }
-        let first = u64::from(self.worker_idx) * capacity + self.trace_count.get() % capacity;
-        let address = self.header.trace + first * size_of::<TraceRecord>() as u64;
-        // SAFETY: this worker's own ring, valid by the contract of `Worker::new`.
-        let slot: Span<TraceRecord> = unsafe { Span::new(address, 1) };
-        let [claimed_ns, staged_ns, started_ns] = times_ns;
+        let started_ns = self.machine.now_ns();
         slot.write(
             0,
             TraceRecord {
@@ -402,10 +462,17 @@ impl<'a, M: Machine> Worker<'a, M> {
                 claimed_ns,
                 staged_ns,
                 started_ns,
-                finished_ns: self.machine.now_ns(),
+                finished_ns: started_ns,
                 flags: if claim.is_stolen { TRACE_STOLEN } else { 0 },
             },
         );
-        self.trace_count.set(self.trace_count.get() + 1);
+    }
+
+    #[inline(always)]
+    fn record_end(&self) {
+        let slot = self.trace_record();
+        if !slot.is_empty() {
+            slot.get_mut(0).finished_ns = self.machine.now_ns();
+        }
     }
 }

@@ -23,7 +23,7 @@ pub const INTERMEDIATE_DIM_MAX: u32 = 1 << 18;
 /// Widest concatenation of all query heads accepted, in elements.
 pub const QUERY_DIM_MAX: u32 = 1 << 17;
 /// Widest attention head accepted, in elements.
-pub const HEAD_DIM_MAX: u32 = 512;
+pub use tilert_mk_shared::limits::HEAD_DIM_MAX;
 /// Largest vocabulary accepted, in tokens.
 pub const VOCAB_SIZE_MAX: u32 = 1 << 18;
 /// Longest context accepted: every position below it is exact as an `f32`, as RoPE needs.

@@ -10,7 +10,7 @@ mod empty;
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::kv::KvGeometry;
-use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
@@ -311,7 +311,7 @@ impl<'a> Builder<'a> {
         segments
     }
 
-    /// One stage of attention: a task for each KV head.
+    /// One stage of attention: as many tasks for each KV head as there are workers for.
     fn attention(
         &mut self,
         layer_idx: u32,
@@ -321,20 +321,27 @@ impl<'a> Builder<'a> {
         name: &str,
     ) {
         let kv = &self.dims.kv;
+        let part_count =
+            (self.options.worker_count / kv.kv_head_count).clamp(1, ATTENTION_SPLIT_MAX);
         let [query_norm, key_norm] = norms.map(|norm| norm.map_or(0, |norm| named(norm, 0)));
         let positions = ATTENTION_POSITIONS_NOMINAL.min(kv.context_max.into());
         let cost = positions * u64::from(kv.head_dim) * 2 * size_of::<f32>() as u64;
-        self.costs.push(vec![cost; kv.kv_head_count as usize]);
-        for kv_head_idx in 0..kv.kv_head_count {
+        let task_count = kv.kv_head_count * part_count;
+        self.costs.push(vec![cost / u64::from(part_count); task_count as usize]);
+        for task_idx in 0..task_count {
+            let (kv_head_idx, part_idx) = (task_idx / part_count, task_idx % part_count);
             let args = AttentionArgs {
                 layer_idx,
                 kv_head_idx,
+                part_idx,
+                part_count,
                 qkv: self.plan.qkv,
                 splits: self.plan.splits,
                 query_norm,
                 key_norm,
             };
-            self.push(args.pack(), wait, signal, format!("{name} head {kv_head_idx}"));
+            let part = if part_count == 1 { String::new() } else { format!(" part {part_idx}") };
+            self.push(args.pack(), wait, signal, format!("{name} head {kv_head_idx}{part}"));
         }
     }
 

@@ -1,11 +1,11 @@
 //! Geometry of the KV cache and of attention over it.
 //!
 //! The cache is `[layer_count, slot_count, kv_head_count, 2, context_max, head_dim] f32`; index 2 is
-//! keys (after RoPE), then values. Attention over a sequence is cut into splits of `span` positions.
-//! The cut depends on nothing but the position of the query token, so a token's result is the same
-//! in every step width and in any company.
+//! keys (after RoPE), then values. Attention over a sequence is cut into splits: who a position belongs
+//! to depends on the position alone, so a token's result is the same in every step width and in any
+//! company, and tasks that have different splits share no position.
 
-use crate::limits::{ATTENTION_SPAN_MIN, ATTENTION_SPLIT_MAX};
+use crate::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 
 /// Shape of a KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,22 +46,18 @@ impl KvGeometry {
     }
 }
 
-/// Positions in each attention split for a query at `position`.
-///
-/// `ATTENTION_SPAN_MIN` doubled until at most `ATTENTION_SPLIT_MAX` splits cover the positions.
+/// The attention split to which a position belongs: blocks of `ATTENTION_BLOCK` positions are dealt
+/// to `ATTENTION_SPLIT_MAX` splits in turns.
 #[inline]
-pub const fn attention_span(position: u32) -> u32 {
-    let mut span = ATTENTION_SPAN_MIN;
-    while position / span >= ATTENTION_SPLIT_MAX {
-        span *= 2;
-    }
-    span
+pub const fn attention_split(position: u32) -> u32 {
+    position / ATTENTION_BLOCK % ATTENTION_SPLIT_MAX
 }
 
-/// Number of attention splits for a query at `position`.
+/// Number of attention splits, the first ones, that have positions for a query at `position`.
 #[inline]
 pub const fn attention_split_count(position: u32) -> u32 {
-    position / attention_span(position) + 1
+    let blocks = position / ATTENTION_BLOCK + 1;
+    if blocks < ATTENTION_SPLIT_MAX { blocks } else { ATTENTION_SPLIT_MAX }
 }
 
 #[cfg(test)]
@@ -69,11 +65,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn splits_cover_every_position_within_the_bound() {
+    fn splits_with_positions_come_first() {
         for position in (0..5000).chain([65_535, 65_536, 131_071, 1_000_000]) {
-            let (span, count) = (attention_span(position), attention_split_count(position));
-            assert!(span >= ATTENTION_SPAN_MIN && count <= ATTENTION_SPLIT_MAX);
-            assert!((count - 1) * span <= position && position < count * span);
+            let count = attention_split_count(position);
+            assert!(attention_split(position) < count && count <= ATTENTION_SPLIT_MAX);
+            assert_eq!((0..=position).map(attention_split).max(), Some(count - 1));
         }
     }
 

@@ -12,12 +12,12 @@ pub const WORKER_COUNT_MAX: u32 = 1024;
 pub const SEGMENT_COUNT_MAX: usize = 3;
 /// Partial results into which attention over one sequence is split at most.
 pub const ATTENTION_SPLIT_MAX: u32 = 16;
-/// Positions in one attention split of a short sequence; longer ones double it as needed.
-pub const ATTENTION_SPAN_MIN: u32 = 64;
+/// Neighbouring positions that belong to the same attention split.
+pub const ATTENTION_BLOCK: u32 = 64;
 /// Query heads that share one KV head.
 pub const HEADS_PER_KV_MAX: u32 = 64;
 /// Values in one attention head.
-pub const HEAD_DIM_MAX: u32 = 512;
+pub const HEAD_DIM_MAX: u32 = 256;
 /// Rows in one segment of a linear task.
 pub const SEGMENT_ROWS_MAX: u32 = 1024;
 /// Token ids that end a sequence.

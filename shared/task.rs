@@ -304,15 +304,20 @@ impl LinearArgs {
     }
 }
 
-/// Arguments of `Opcode::Attention`: one KV head.
+/// Arguments of `Opcode::Attention`: one KV head, or a part of its splits.
 ///
-/// The task appends the step's keys and values of its head and attends to all splits.
+/// The task has the splits `part_idx`, `part_idx + part_count` and so on: it appends the step's keys
+/// and values whose positions are in them, and attends to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AttentionArgs {
     /// Layer in the KV cache.
     pub layer_idx: u32,
     /// KV head.
     pub kv_head_idx: u32,
+    /// Which part of the head's splits.
+    pub part_idx: u32,
+    /// Parts into which the head's splits are dealt, at most `ATTENTION_SPLIT_MAX`.
+    pub part_count: u32,
     /// Heap offset of `[tokens, (head_count + 2 * kv_head_count) * head_dim] f32`: queries, keys,
     /// values.
     pub qkv: u64,
@@ -330,6 +335,8 @@ impl AttentionArgs {
         let mut task = Task::new(Opcode::Attention);
         task.words[0] = self.layer_idx;
         task.words[1] = self.kv_head_idx;
+        task.words[2] = self.part_idx;
+        task.words[3] = self.part_count;
         task.refs[0] = self.qkv;
         task.refs[1] = self.splits;
         task.refs[2] = self.query_norm;
@@ -343,6 +350,8 @@ impl AttentionArgs {
         AttentionArgs {
             layer_idx: task.words[0],
             kv_head_idx: task.words[1],
+            part_idx: task.words[2],
+            part_count: task.words[3],
             qkv: task.refs[0],
             splits: task.refs[1],
             query_norm: task.refs[2],
@@ -425,6 +434,8 @@ mod tests {
         let attention = AttentionArgs {
             layer_idx: 1,
             kv_head_idx: 2,
+            part_idx: 5,
+            part_count: 7,
             qkv: 5 << 33,
             splits: 6 << 33,
             query_norm: 7 << 33,

@@ -6,7 +6,9 @@
 //! packed bytes. Both the warp that loads and the warps that multiply walk pages in this order, so
 //! nothing but the pages themselves passes between them.
 
+use crate::limits::HEAD_DIM_MAX;
 use crate::program::ProgramHeader;
+use crate::sequence::StepState;
 use crate::task::{Task, WeightFormat};
 
 /// Columns of a page of f32 or f16 weights.
@@ -27,8 +29,8 @@ pub const PAGE_BYTES: u32 = 32768;
 pub const PAGE_COUNT_MAX: u32 = 8;
 /// Tasks that are staged ahead at most.
 pub const TASK_SLOT_COUNT: u32 = 4;
-/// Bytes from one staged task to the next: the record, then its index, its step and its
-/// first page.
+/// Bytes from one staged task to the next: the record, then its index, its step, its first page, and
+/// what the loading warp has worked out of it.
 pub const TASK_SLOT_BYTES: u32 = 256;
 /// Rows of a linear task on a GPU, over all its segments, at most.
 pub const TILE_ROWS_MAX: u32 = 64;
@@ -40,8 +42,8 @@ pub const INPUT_BYTES_MIN: u32 = 8 << 10;
 pub const INPUT_BYTES_MAX: u32 = 96 << 10;
 /// Pages that a ring has at least.
 pub const PAGE_COUNT_MIN: u32 = 2;
-/// Query heads times head dimension that attention handles at once.
-pub const ATTENTION_VALUES: u32 = 512;
+/// Values of one query that attention keeps for each warp at most.
+pub const ATTENTION_VALUES: u32 = HEAD_DIM_MAX;
 
 /// Bytes of one load of a lane.
 const VECTOR_BYTES: u32 = 16;
@@ -87,16 +89,23 @@ pub const TASK_WORD: u32 = STOP_WORD + 4;
 pub const LOOP_WORDS: u32 = TASK_WORD + 4;
 /// Offset of the program header.
 pub const HEADER: u32 = (LOOP_WORDS + 8).next_multiple_of(8);
+/// Offset of the step's description, which each block copies once a step.
+pub const STEP: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(16);
+/// Offset of what each computing warp knows from one task to the next.
+pub const PROGRESS: u32 = (STEP + size_of::<StepState>() as u32).next_multiple_of(16);
+/// Bytes of that for one warp.
+pub const PROGRESS_BYTES: u32 = 32;
 /// Offset of the task slots.
-pub const TASK_SLOTS: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(128);
+pub const TASK_SLOTS: u32 = (PROGRESS + COMPUTE_WARPS * PROGRESS_BYTES).next_multiple_of(128);
 /// Offset of `[SAMPLE_BIN_COUNT] u64` bins, or `[tokens, COMPUTE_WARPS] f32` sums.
 pub const REDUCTION: u32 = TASK_SLOTS + TASK_SLOT_COUNT * TASK_SLOT_BYTES;
 /// Offset of `[rows, tokens, column_warps] f32` partial products, or of attention's partial results.
 pub const PARTIALS: u32 = REDUCTION + 2048;
 const PARTIAL_BYTES: u32 =
     f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX * column_warps(WeightFormat::F32));
-/// Values of attention's partial results of one warp: weighted values, scores and weights.
-pub const ATTENTION_PARTIAL_VALUES: u32 = ATTENTION_VALUES + 2 * 8;
+/// Values of attention's partial results of one warp: weighted values, the largest score, the sum of
+/// weights, and padding.
+pub const ATTENTION_PARTIAL_VALUES: u32 = ATTENTION_VALUES + 4;
 const ATTENTION_BYTES: u32 = f32_bytes(COMPUTE_WARPS * ATTENTION_PARTIAL_VALUES);
 /// Offset of the input rows.
 pub const INPUTS: u32 =
@@ -144,7 +153,7 @@ pub const fn ring(input_bytes: u32) -> u32 {
 }
 
 const _: () = assert!(OP_WORDS.is_multiple_of(8), "a leader's two words differ in one bit");
-const _: () = assert!(size_of::<Task>() as u32 + 16 <= TASK_SLOT_BYTES);
+const _: () = assert!(size_of::<Task>() as u32 + 32 <= TASK_SLOT_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F16) * CHUNK_COLUMNS * 2 == PAGE_BYTES);
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
 const _: () = assert!((PARTIALS | INPUTS).is_multiple_of(128));

@@ -10,16 +10,17 @@ pub mod memory;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod cpu;
 #[cfg(not(target_arch = "nvptx64"))]
-pub use cpu::counter::{CursorCounter, EventCounter, HostCounter, fence_acquire};
+pub use cpu::counter::{CursorCounter, EventCounter, HostCounter};
 
 #[cfg(target_arch = "nvptx64")]
 pub mod nvptx;
 #[cfg(target_arch = "nvptx64")]
-pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter, fence_acquire};
+pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter};
 
 use crate::worker::{Claim, Stopped, Worker};
 use memory::Span;
 use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 
 /// Rows of f32 values, `stride` apart.
@@ -39,30 +40,37 @@ impl Rows {
     }
 }
 
-/// A vector to normalise, if it has a weight, and to rotate by a position, if it has one.
+/// A vector to normalise, if there is a weight, and to rotate by a position, if there is one.
 #[derive(Clone, Copy, Debug)]
 pub struct Rotation {
     /// `[head_dim]`.
     pub from: Span<f32>,
     /// `[head_dim]`.
     pub out: Span<f32>,
-    /// The norm's weight, `[head_dim]`; none for no norm.
-    pub norm: Option<Span<f32>>,
-    /// Cosines and sines of the position, `[head_dim / 2]` each; none for a plain copy.
-    pub turn: Option<[Span<f32>; 2]>,
+    /// The norm's weight, `[head_dim]`; empty for no norm.
+    pub norm: Span<f32>,
+    /// Cosines of the position, `[head_dim / 2]`; empty for no rotation.
+    pub cos: Span<f32>,
+    /// Its sines, likewise.
+    pub sin: Span<f32>,
 }
 
-/// One attention split: queries of heads that share keys, against consecutive positions.
+/// One attention split: queries of heads that share keys, against the positions up to theirs that
+/// `shared/kv.rs` deals to the split.
 #[derive(Clone, Copy, Debug)]
 pub struct Split {
     /// `[query_count, head_dim]`, rotated.
     pub queries: Rows,
     /// Query heads.
     pub query_count: usize,
-    /// `[positions, head_dim]`.
+    /// `[context_max, head_dim]`.
     pub keys: Span<f32>,
-    /// `[positions, head_dim]`.
+    /// `[context_max, head_dim]`.
     pub values: Span<f32>,
+    /// The split.
+    pub split: u32,
+    /// Position of the queries.
+    pub position: u32,
     /// Multiplies scores.
     pub scale: f32,
     /// For each query `[head_dim]` weighted values, the largest score, the sum of weights.
@@ -107,6 +115,12 @@ pub trait Machine {
     /// Collective: runs `job` on the leading lane and gives its result to all. What the job stored
     /// is visible to all lanes.
     fn lead(&self, job: impl FnOnce() -> u32) -> u32;
+
+    /// Collective: brings the step's description near, once a step, when its first input is ready.
+    fn keep_step(&self, step: Span<StepState>);
+
+    /// The step's description: what `keep_step` has brought near, or `step` itself.
+    fn step(&self, step: Span<StepState>) -> Span<StepState>;
 
     /// Nanoseconds on the device's clock.
     fn now_ns(&self) -> u64;
@@ -178,6 +192,10 @@ pub trait Machine {
     /// Collective: gives up a linear task's staged weights.
     fn discard(&self, task: &Task);
 
+    /// Collective: the first call of `store` for the products to come will have these arguments; it
+    /// may ask for what they will be added to.
+    fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
+
     /// Collective: what becomes of products that `multiply` has left in `products`, to `out(token)`;
     /// not yet visible to other lanes.
     fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
@@ -187,8 +205,15 @@ pub trait Machine {
     /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize);
 
-    /// Collective: half-split RoPE of `count` vectors, each after its norm, or a plain copy.
-    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation);
+    /// Collective: half-split RoPE of those of `count` vectors that are wanted, each after its norm,
+    /// or a plain copy.
+    fn rotate(
+        &self,
+        dims: &Dims,
+        count: usize,
+        is_wanted: impl Fn(usize) -> bool,
+        item: impl Fn(usize) -> Rotation,
+    );
 
     /// Collective: attention of a split.
     fn attend(&self, split: Split);

@@ -5,7 +5,9 @@
 
 use core::mem::offset_of;
 
-use tilert_mk_shared::limits::{COMMAND_COUNT_MAX, OUTPUT_COUNT_MAX, STEP_TOKENS_MAX};
+use tilert_mk_shared::limits::{
+    COMMAND_COUNT_MAX, DECODE_TOKENS_MAX, OUTPUT_COUNT_MAX, STEP_TOKENS_MAX,
+};
 use tilert_mk_shared::mailbox::{Command, CommandKind, Mailbox, OutputKind};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepState, StepToken, WANT_LOGITS};
 
@@ -132,7 +134,8 @@ fn start<M: Machine>(worker: &Worker<M>, command: &Command) {
 /// Composes a step of all active sequences; false if there are none. For the leader.
 #[inline(always)]
 fn compose<M: Machine>(worker: &Worker<M>) -> bool {
-    let step_view = super::step(worker);
+    // Not what this worker has near, which is the step before.
+    let step_view = worker.heap::<StepState>(worker.header.plan.step, 1);
     let step = step_view.get_mut(0);
     let states = super::sequences(worker);
     let limit = worker.header.dims.step_tokens_max;
@@ -148,6 +151,13 @@ fn compose<M: Machine>(worker: &Worker<M>) -> bool {
                 append(worker, step, slot as u32, state, count);
             }
         }
+    }
+    // A machine that keeps the step near copies the entries of the widest step.
+    for idx in step.token_count..DECODE_TOKENS_MAX {
+        step.tokens[idx as usize] = StepToken::default();
+    }
+    for idx in step.logit_count..DECODE_TOKENS_MAX {
+        step.logit_tokens[idx as usize] = 0;
     }
     step.token_count > 0
 }

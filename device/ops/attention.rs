@@ -1,9 +1,9 @@
-//! Attention of one KV head.
+//! Attention of one KV head, or of a part of its splits.
 //!
-//! This task alone appends to and reads its head's part of the cache, so the cache needs no event of
-//! its own within a step.
+//! This task alone appends to and reads the positions of its splits in the cache, so the cache needs
+//! no event of its own within a step.
 
-use tilert_mk_shared::kv::{attention_span, attention_split_count};
+use tilert_mk_shared::kv::{attention_split, attention_split_count};
 use tilert_mk_shared::sequence::StepToken;
 use tilert_mk_shared::task::AttentionArgs;
 
@@ -18,21 +18,38 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let step_view = super::step(worker);
     let step = step_view.get(0);
     let count = step.token_count as usize;
+    let is_mine =
+        |token_idx: usize| args.part_idx < attention_split_count(step.tokens[token_idx].position);
+    // Short sequences have positions in the first parts alone.
+    if !(0..count).any(is_mine) {
+        return;
+    }
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
     // The input rows are about to hold queries.
     worker.prologue.set(0);
     let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim, None);
-    // Per token: the group's queries, its key, its value.
+    // Per token: its key, its value, the group's queries.
     let item_count = group + 2;
-    worker.machine.rotate(dims, count * item_count, |item| {
-        let (token_idx, which) = (item / item_count, item % item_count);
+    // In 32 bits: a GPU has no other division.
+    let parts = |item: usize| {
+        let (item, count) = (item as u32, item_count as u32);
+        ((item / count) as usize, (item % count) as usize)
+    };
+    let is_wanted = |item: usize| {
+        let (token_idx, which) = parts(item);
+        let split = attention_split(step.tokens[token_idx].position);
+        if which < 2 { split % args.part_count == args.part_idx } else { is_mine(token_idx) }
+    };
+    worker.machine.rotate(dims, count * item_count, is_wanted, |item| {
+        let (token_idx, which) = parts(item);
         let token = &step.tokens[token_idx];
         let row = token.position as usize * dim;
-        if which < group {
-            let head_idx = args.kv_head_idx * dims.heads_per_kv() + which as u32;
-            let out = queries.values.sub(token_idx * queries.stride + which * dim, dim);
+        if which >= 2 {
+            let idx = which - 2;
+            let head_idx = args.kv_head_idx * dims.heads_per_kv() + idx as u32;
+            let out = queries.values.sub(token_idx * queries.stride + idx * dim, dim);
             rotation(worker, head(worker, &args, token_idx, head_idx), args.query_norm, token, out)
-        } else if which == group {
+        } else if which == 0 {
             let from = head(worker, &args, token_idx, dims.head_count + args.kv_head_idx);
             let out = plane(worker, &args, token.slot, 0).sub(row, dim);
             rotation(worker, from, args.key_norm, token, out)
@@ -40,7 +57,8 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
             let head_idx = dims.head_count + dims.kv.kv_head_count + args.kv_head_idx;
             let from = head(worker, &args, token_idx, head_idx);
             let out = plane(worker, &args, token.slot, 1).sub(row, dim);
-            Rotation { from, out, norm: None, turn: None }
+            let none = from.sub(0, 0);
+            Rotation { from, out, norm: none, cos: none, sin: none }
         }
     });
     for token_idx in 0..count {
@@ -88,20 +106,15 @@ fn rotation<M: Machine>(
     let dims = &worker.header.dims;
     let half = u64::from(dims.kv.head_dim / 2);
     let row = u64::from(token.position) * half * 4;
+    let norm_len = if norm == 0 { 0 } else { dims.kv.head_dim as usize };
     // SAFETY: the host has bound the norm's weight, `[head_dim] f32`, until the workers end.
-    let weight = unsafe { Span::<f32>::new(norm, dims.kv.head_dim as usize) };
-    Rotation {
-        from,
-        out,
-        norm: (norm != 0).then_some(weight),
-        turn: Some([
-            worker.heap(worker.header.plan.rope_cos + row, half),
-            worker.heap(worker.header.plan.rope_sin + row, half),
-        ]),
-    }
+    let norm = unsafe { Span::<f32>::new(norm, norm_len) };
+    let cos = worker.heap(worker.header.plan.rope_cos + row, half);
+    let sin = worker.heap(worker.header.plan.rope_sin + row, half);
+    Rotation { from, out, norm, cos, sin }
 }
 
-/// Attends from the token's queries to every position up to its own, split by split.
+/// Attends from the token's queries to the positions of the task's splits, split by split.
 #[inline(always)]
 fn attend<M: Machine>(
     worker: &Worker<M>,
@@ -112,13 +125,9 @@ fn attend<M: Machine>(
 ) {
     let dims = &worker.header.dims;
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
-    let span = attention_span(token.position) as usize;
-    let keys = plane(worker, args, token.slot, 0);
-    let values = plane(worker, args, token.slot, 1);
     let stride = dims.split_idx(0, 1, 0);
-    for split in 0..attention_split_count(token.position) {
-        let first = split as usize * span;
-        let count = span.min(token.position as usize + 1 - first);
+    let mut split = args.part_idx;
+    while split < attention_split_count(token.position) {
         let head_idx = args.kv_head_idx * dims.heads_per_kv();
         let offset = args.splits + dims.split_idx(token_idx as u32, head_idx, split) * 4;
         let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
@@ -128,11 +137,14 @@ fn attend<M: Machine>(
                 stride: dim,
             },
             query_count: group,
-            keys: keys.sub(first * dim, count * dim),
-            values: values.sub(first * dim, count * dim),
+            keys: plane(worker, args, token.slot, 0),
+            values: plane(worker, args, token.slot, 1),
+            split,
+            position: token.position,
             scale: dims.attention_scale,
             out: Rows { values: worker.heap(offset, len), stride: stride as usize },
             head_dim: dim,
         });
+        split += args.part_count;
     }
 }

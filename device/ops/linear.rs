@@ -21,11 +21,13 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     if row_count == 0 {
         return worker.machine.discard(claim.task);
     }
+    let task = claim.task;
+    worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
     let x = input(worker, claim.epoch, &args, step, row_count);
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
-    worker.machine.multiply(claim.task, x, row_count, y);
-    store(worker, claim.task, y, row_count);
+    worker.machine.multiply(task, x, row_count, y);
+    store(worker, task, y, row_count);
 }
 
 /// The input rows after the prologue.
@@ -78,8 +80,9 @@ fn input<M: Machine>(
     x
 }
 
+/// What becomes of the products of segment `idx`, whose first row is row `first` of the task.
 #[inline(always)]
-fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
+fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
     // Again: registers are scarce while a GPU multiplies.
     let args = LinearArgs::unpack(task);
     let bias = |idx: usize| {
@@ -89,23 +92,32 @@ fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
         unsafe { Span::<f32>::new(segment.bias, len) }
     };
     let is_gated = args.epilogue == Epilogue::SiluMul;
+    Finish {
+        count,
+        first,
+        len: task.segment(idx).row_count as usize,
+        bias: bias(idx),
+        is_gated,
+        up_bias: bias(if is_gated { 1 } else { idx }),
+        adds: args.epilogue == Epilogue::AddResidual,
+    }
+}
+
+/// Where the products of segment `idx` go for a token.
+#[inline(always)]
+fn output<M: Machine>(worker: &Worker<M>, task: &Task, idx: usize, token: usize) -> Span<f32> {
+    let (args, segment) = (LinearArgs::unpack(task), task.segment(idx));
+    let column = token as u64 * u64::from(args.y_stride) + u64::from(segment.out_first);
+    worker.heap::<f32>(args.y + column * 4, u64::from(segment.row_count))
+}
+
+#[inline(always)]
+fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
+    let is_gated = LinearArgs::unpack(task).epilogue == Epilogue::SiluMul;
     let mut first = 0;
     for idx in 0..if is_gated { 1 } else { task.segment_count() } {
-        let segment = task.segment(idx);
-        let len = segment.row_count as usize;
-        let finish = Finish {
-            count,
-            first,
-            len,
-            bias: bias(idx),
-            is_gated,
-            up_bias: bias(if is_gated { 1 } else { idx }),
-            adds: args.epilogue == Epilogue::AddResidual,
-        };
-        worker.machine.store(y, &finish, |token| {
-            let column = token as u64 * u64::from(args.y_stride) + u64::from(segment.out_first);
-            worker.heap::<f32>(args.y + column * 4, len as u64)
-        });
-        first += len;
+        let finish = finish(task, count, idx, first);
+        worker.machine.store(y, &finish, |token| output(worker, task, idx, token));
+        first += finish.len;
     }
 }

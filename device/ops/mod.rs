@@ -28,8 +28,8 @@ pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Res
 
 /// The step's description.
 #[inline(always)]
-fn step<M: Machine>(worker: &Worker<M>) -> Span<StepState> {
-    worker.heap(worker.header.plan.step, 1)
+pub(crate) fn step<M: Machine>(worker: &Worker<M>) -> Span<StepState> {
+    worker.machine.step(worker.heap(worker.header.plan.step, 1))
 }
 
 /// The slots' states.

@@ -8,7 +8,7 @@ use memmap2::{Advice, MmapMut};
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
-use tilert_mk_device::worker::Worker;
+use tilert_mk_device::worker::{Progress, Worker};
 use tilert_mk_shared::limits::{SEGMENT_ROWS_MAX, STEP_TOKENS_MAX, WORKER_COUNT_MAX};
 use tilert_mk_shared::program::ProgramHeader;
 
@@ -113,7 +113,8 @@ impl Device for CpuDevice {
                         };
                     }
                     // SAFETY: the engine keeps all memory until `join` has joined this thread.
-                    let worker = unsafe { Worker::new(&header, worker_idx, &machine) };
+                    let worker =
+                        unsafe { Worker::new(&header, worker_idx, &machine, Progress::NONE) };
                     worker.run();
                 })
                 .map_err(|error| Error::Device(format!("starting a worker: {error}")))?;

@@ -215,7 +215,7 @@ fn refused_dimensions() {
 
 #[test]
 fn refused_heads() {
-    let many = json!({"num_attention_heads": 131072, "head_dim": 512});
+    let many = json!({"num_attention_heads": 131072, "head_dim": 256});
     refused(&[
         (json!({"num_attention_heads": 0}), "`num_attention_heads` is 0"),
         (many, "up to 131072; it is 67108864"),
@@ -223,7 +223,7 @@ fn refused_heads() {
         (json!({"num_key_value_heads": 3}), "`num_key_value_heads` is 3 (accepted: a divisor"),
         (json!({"num_key_value_heads": 0}), "`num_key_value_heads` is 0"),
         (json!({"head_dim": 15}), "an even head size"),
-        (json!({"head_dim": 514}), "`head_dim` is 514 (accepted: an integer from 2 to 512)"),
+        (json!({"head_dim": 258}), "`head_dim` is 258 (accepted: an integer from 2 to 256)"),
         (json!({"head_dim": 2, "num_attention_heads": 2}), "a multiple of 8"),
     ]);
 }

@@ -1,11 +1,12 @@
 //! Which parts of the heap a task touches.
 //!
 //! Rows of activations belong to the tokens of a step, of which every task may process all. So an
-//! access is a range of columns, in all rows; of the KV cache, one head of one layer in all slots;
-//! of everything else, the whole. A worker's scratch is its own and needs no order.
+//! access is a range of columns, in all rows; of the KV cache, a split of one head of one layer in all
+//! slots; of everything else, the whole. A worker's scratch is its own and needs no order.
 
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::{Dims, HeapPlan};
+use tilert_mk_shared::task::AttentionArgs;
 
 /// A part of the heap that tasks share, or the mailbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,21 +167,31 @@ impl Accesses {
     }
 
     /// `Attention` appends to its head's part of the cache and attends over it.
-    pub(super) fn attention(&mut self, dims: &Dims, layer_idx: u32, kv_head_idx: u32) {
+    pub(super) fn attention(&mut self, dims: &Dims, args: &AttentionArgs) {
         let dim = u64::from(dims.kv.head_dim);
         let (head_count, group) = (u64::from(dims.head_count), u64::from(dims.heads_per_kv()));
         let kv_head_count = u64::from(dims.kv.kv_head_count);
-        let kv_head = u64::from(kv_head_idx);
+        let kv_head = u64::from(args.kv_head_idx);
         let query = kv_head * group;
         self.read(Region::Step, 0, 1);
         self.read(Region::Qkv, query * dim, (query + group) * dim);
         for head in [head_count + kv_head, head_count + kv_head_count + kv_head] {
             self.read(Region::Qkv, head * dim, (head + 1) * dim);
         }
-        let split_row = u64::from(ATTENTION_SPLIT_MAX) * u64::from(dims.split_values());
-        self.write(Region::Splits, query * split_row, (query + group) * split_row);
-        let plane = u64::from(layer_idx) * kv_head_count + kv_head;
-        self.read(Region::Kv, plane, plane + 1);
-        self.write(Region::Kv, plane, plane + 1);
+        let plane = u64::from(args.layer_idx) * kv_head_count + kv_head;
+        let (split_max, split_values) =
+            (u64::from(ATTENTION_SPLIT_MAX), u64::from(dims.split_values()));
+        let part_count = u64::from(args.part_count);
+        // Splits of one part are neighbours only if there is one part.
+        let (step, len) = if part_count == 1 { (split_max, split_max) } else { (part_count, 1) };
+        for split in (u64::from(args.part_idx)..split_max).step_by(step as usize) {
+            for head in query..query + group {
+                let first = head * split_max + split;
+                self.write(Region::Splits, first * split_values, (first + len) * split_values);
+            }
+            let first = plane * split_max + split;
+            self.read(Region::Kv, first, first + len);
+            self.write(Region::Kv, first, first + len);
+        }
     }
 }

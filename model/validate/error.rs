@@ -237,12 +237,17 @@ pub enum ValidateError {
         at: u64,
     },
     /// A head of the KV cache is not appended to by exactly one task.
-    #[error("KV head {kv_head_idx} of layer {layer_idx} is appended to by {count} tasks, not one")]
+    #[error(
+        "split {split_idx} of KV head {kv_head_idx} of layer {layer_idx} is appended to by {count} \
+         tasks, not one"
+    )]
     KvHead {
         /// The layer.
         layer_idx: u32,
         /// The head.
         kv_head_idx: u32,
+        /// Split of the head's positions.
+        split_idx: u32,
         /// How many tasks append.
         count: u32,
     },

@@ -5,6 +5,8 @@
 //! must be disjoint; then a stage counts as one reader and one writer of a few ranges, and only
 //! stages are compared with each other.
 
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+
 use super::access::{Access, REGION_KINDS, Region};
 use super::error::ValidateError;
 use super::order::Order;
@@ -273,19 +275,21 @@ impl<'a> Memory<'a> {
         }
     }
 
-    /// Each head of each layer of the cache is appended to by one task of a step.
+    /// Each split of each head and layer of the cache is appended to by one task of a step.
     fn check_kv(&self, groups: &[Group]) -> Result<(), ValidateError> {
         let kv = &self.program.dims.kv;
-        let mut counts = vec![0u32; kv.layer_count as usize * kv.kv_head_count as usize];
+        let plane_count = kv.layer_count as usize * kv.kv_head_count as usize;
+        let mut counts = vec![0u32; plane_count * ATTENTION_SPLIT_MAX as usize];
         for write in groups.iter().flat_map(|group| &group.writes) {
-            if let Some(count) = counts.get_mut(write.first as usize) {
-                *count += 1;
+            if let Some(counts) = counts.get_mut(write.first as usize..write.end as usize) {
+                counts.iter_mut().for_each(|count| *count += 1);
             }
         }
         match (0u32..).zip(&counts).find(|(_, count)| **count != 1) {
-            Some((plane, &count)) => Err(ValidateError::KvHead {
-                layer_idx: plane / kv.kv_head_count,
-                kv_head_idx: plane % kv.kv_head_count,
+            Some((split, &count)) => Err(ValidateError::KvHead {
+                layer_idx: split / ATTENTION_SPLIT_MAX / kv.kv_head_count,
+                kv_head_idx: split / ATTENTION_SPLIT_MAX % kv.kv_head_count,
+                split_idx: split % ATTENTION_SPLIT_MAX,
                 count,
             }),
             None => Ok(()),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::task::{
     AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Prologue, Segment, Task, TokenRows,
@@ -147,6 +147,9 @@ impl<'a> Checker<'a> {
         let kv = &self.dims.kv;
         within("layer_idx", args.layer_idx.into(), 0, u64::from(kv.layer_count) - 1)?;
         within("kv_head_idx", args.kv_head_idx.into(), 0, u64::from(kv.kv_head_count) - 1)?;
+        let part_max = u64::from(ATTENTION_SPLIT_MAX);
+        within("part_count", args.part_count.into(), 1, part_max)?;
+        within("part_idx", args.part_idx.into(), 0, u64::from(args.part_count) - 1)?;
         begins("qkv", args.qkv, self.program.plan.qkv)?;
         begins("splits", args.splits, self.program.plan.splits)?;
         for (what, norm) in [("query_norm", args.query_norm), ("key_norm", args.key_norm)] {
@@ -161,7 +164,7 @@ impl<'a> Checker<'a> {
             }
         }
         self.attentions[args.layer_idx as usize] = Some(task_idx);
-        self.accesses.attention(self.dims, args.layer_idx, args.kv_head_idx);
+        self.accesses.attention(self.dims, &args);
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! Attention tasks: grouped heads, norms, several slots, one split and many.
 
 use tilert_mk_model::reference::{self, AttentionShape};
-use tilert_mk_shared::kv::{attention_span, attention_split_count};
+use tilert_mk_shared::kv::attention_split_count;
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 use tilert_mk_shared::sequence::{NO_LOGITS, StepToken};
 use tilert_mk_shared::task::AttentionArgs;
 
@@ -152,7 +153,8 @@ impl<'a> Setup<'a> {
         let sizes: Vec<f32> = values.iter().map(|value| value.abs()).collect();
         let found = reference::attention(&shape, &query, keys, values);
         let size = reference::attention(&shape, &query, keys, &sizes);
-        let blocks = f64::from(attention_span(position)) / 64.0;
+        // Of the split that has most.
+        let blocks = f64::from((position / ATTENTION_BLOCK + 1).div_ceil(ATTENTION_SPLIT_MAX));
         let near = |(idx, (value, size)): (usize, (&f32, &f32))| {
             let head = &query[idx / dim * dim..][..dim];
             // A weight is off by the error of its score and of the exponential's argument, at most
@@ -160,7 +162,8 @@ impl<'a> Setup<'a> {
             // each split. All of it above the division and below it; the twin rounds twice.
             let weight = self.score_error(head, keys) + (4.0 + 8.0) * UNIT;
             let splits = f64::from(attention_split_count(position));
-            let sums = (f64::from(attention_span(position)) + 14.0 * (blocks + splits)) * UNIT;
+            let positions = blocks * f64::from(ATTENTION_BLOCK);
+            let sums = (positions + 14.0 * (blocks + splits)) * UNIT;
             let error = f64::from(*size) * 1.01 * (2.0 * (weight + sums) + 4.0 * UNIT);
             Near { value: f64::from(*value), error }
         };
@@ -204,8 +207,8 @@ impl<'a> Setup<'a> {
     }
 }
 
-/// Runs all steps on one instruction set; the bits of all splits.
-fn run(rig: &Rig, has_norm: bool) -> Vec<u32> {
+/// Runs all steps on one instruction set, each head in so many parts; the bits of all splits.
+fn run(rig: &Rig, has_norm: bool, part_count: u32) -> Vec<u32> {
     let dims = rig.header.dims;
     let mut random = Random::new(u64::from(dims.head_count * 1000 + dims.kv.head_dim));
     let mut setup = Setup::new(rig, &mut random, has_norm);
@@ -224,10 +227,12 @@ fn run(rig: &Rig, has_norm: bool) -> Vec<u32> {
         let plan = rig.header.plan;
         rig.heap::<f32>(plan.qkv, qkv.len() as u64).as_mut_slice().copy_from_slice(&qkv);
         let norm = |which: usize| norms.as_ref().map_or(0, |norms| norms[which].address());
-        let task = |kv_head_idx| {
+        let task = |idx: u32| {
             let args = AttentionArgs {
                 layer_idx: LAYER_IDX,
-                kv_head_idx,
+                kv_head_idx: idx / part_count,
+                part_idx: idx % part_count,
+                part_count,
                 qkv: plan.qkv,
                 splits: plan.splits,
                 query_norm: norm(0),
@@ -235,7 +240,8 @@ fn run(rig: &Rig, has_norm: bool) -> Vec<u32> {
             };
             args.pack()
         };
-        rig.run_all(&(0..dims.kv.kv_head_count).map(task).collect::<Vec<_>>());
+        let task_count = dims.kv.kv_head_count * part_count;
+        rig.run_all(&(0..task_count).map(task).collect::<Vec<_>>());
         for (qkv, (slot, position)) in qkv.chunks(qkv_dim).zip(step) {
             setup.append(qkv, *slot, *position);
         }
@@ -257,8 +263,11 @@ fn grouped_heads_over_one_split_and_many() {
     ] {
         let mut first: Option<Vec<u32>> = None;
         Rig::for_each_isa(&dims(64, heads, CONTEXT_MAX), |rig| {
-            let bits = run(rig, has_norm);
-            assert!(*first.get_or_insert(bits.clone()) == bits, "{heads:?}: bits differ");
+            for part_count in [1, 3, ATTENTION_SPLIT_MAX] {
+                let bits = run(rig, has_norm, part_count);
+                let is_same = *first.get_or_insert(bits.clone()) == bits;
+                assert!(is_same, "{heads:?} in {part_count} parts: bits differ");
+            }
         });
     }
 }

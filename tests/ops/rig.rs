@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
-use tilert_mk_device::worker::{Claim, Worker};
+use tilert_mk_device::worker::{Claim, Progress, Worker};
 use tilert_mk_shared::ABI_VERSION;
 use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::kv::KvGeometry;
@@ -154,7 +154,7 @@ impl Rig {
     fn worker(&self) -> Worker<'_, Thread> {
         // SAFETY: the only worker; the rig owns the memory that the header names, and tests keep
         // what their tasks name.
-        unsafe { Worker::new(&self.header, 0, &self.machine) }
+        unsafe { Worker::new(&self.header, 0, &self.machine, Progress::NONE) }
     }
 
     /// Values of the heap.

@@ -47,19 +47,15 @@ const OUT_OF_STEP: &[&str] = &["DataRace", "NoProgress", "Barrier", FAULT];
 const FAULT: &str = "worker ";
 
 const ORDER: [Planted; 10] = [
-    planted("a dropped acquire fence", Statement("fence.acq_rel.gpu;", ""), RACE),
-    older("an older chip's dropped fence", Statement("fence.acq_rel.gpu;", ""), RACE),
+    planted("a relaxed poll", Statement("ld.acquire.gpu", "ld.relaxed.gpu"), RACE),
+    older("an older chip's relaxed poll", Statement("ld.acquire.gpu", "ld.relaxed.gpu"), RACE),
     planted("a relaxed signal", Statement("red.release.gpu", "red.relaxed.gpu"), RACE),
     planted(
         "a signal of too narrow a scope",
         Statement("red.release.gpu", "red.release.cta"),
         RACE,
     ),
-    planted(
-        "a poll of too narrow a scope",
-        Statement("ld.relaxed.gpu.global.u32", "ld.relaxed.cta.global.u32"),
-        RACE,
-    ),
+    planted("a poll of too narrow a scope", Statement("ld.acquire.gpu", "ld.acquire.cta"), RACE),
     planted("commands read at the scope of the GPU", Text(narrow_commands), RACE),
     planted("outputs released at the scope of the GPU", Text(narrow_outputs), RACE),
     planted("outputs that are not released", Text(relaxed_outputs), RACE),
@@ -112,7 +108,7 @@ const VALUES: [Planted; 7] = [
 ];
 
 /// The loop of the kernel.
-const LOOP: &str = "tilert_mk";
+const LOOP: &str = "compute";
 
 fn narrow_commands(text: &str) -> String {
     edit::function(text, "admit", |body| body.replace("ld.acquire.sys", "ld.acquire.gpu"))
@@ -240,8 +236,8 @@ fn shared_register(text: &str) -> String {
             let barrier = edit::between(line, WAIT, "[", "]")?;
             let parity = edit::between(line, WAIT, "],", ";")?;
             Some(format!(
-                "{{ .reg .pred p; .reg .b32 both; mov.b32 both, {barrier}; mov.b32 both, 0;\n\
-                 {WAIT} [both], {parity};"
+                "{{ .reg .b32 both; mov.b32 both, {barrier}; mov.b32 both, 0;\n\
+                 {WAIT} [both], {parity}; }}"
             ))
         })
     })

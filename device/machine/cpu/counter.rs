@@ -1,15 +1,9 @@
 //! The CPU machine's counters: atomic words with only the orders that the runtime uses.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
-
-/// Orders earlier relaxed loads of this thread before its later accesses.
-#[inline(always)]
-pub fn fence_acquire() {
-    fence(Ordering::Acquire);
-}
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident, $atomic:ident, $value:ty) => {
@@ -57,6 +51,12 @@ counter! {
 }
 
 impl EventCounter {
+    /// The value; what preceded the signals that made it is visible after.
+    #[inline(always)]
+    pub fn load_acquire(&self) -> u32 {
+        self.0.load(Ordering::Acquire)
+    }
+
     /// Adds `arrivals`; earlier stores of this thread come first.
     #[inline(always)]
     pub fn add_release(&self, arrivals: u32) {

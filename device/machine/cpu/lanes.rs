@@ -4,13 +4,16 @@ use super::{Matrix, PREFETCH_BYTES};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
 use half::f16;
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 use tilert_mk_shared::task::WeightFormat;
 
 const LANES: usize = 16;
 type Lanes = [f32; LANES];
 
 /// Positions that attention scores before it adds their values.
-const SCORE_BLOCK: usize = 64;
+const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
+/// Positions from one block of a split to the next.
+const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
 
 /// A stored value that widens to f32.
 trait Stored: Copy {
@@ -192,7 +195,9 @@ pub(super) fn attend(
     let dim = query.len();
     let (mut largest, mut total) = (f32::NEG_INFINITY, 0.0f32);
     out.fill(0.0);
-    for (keys, values) in keys.chunks(SCORE_BLOCK * dim).zip(values.chunks(SCORE_BLOCK * dim)) {
+    for (keys, values) in keys.chunks(SCORE_STEP * dim).zip(values.chunks(SCORE_STEP * dim)) {
+        let len = keys.len().min(SCORE_BLOCK * dim);
+        let (keys, values) = (&keys[..len], &values[..len]);
         let mut scores = [0.0f32; SCORE_BLOCK];
         let mut block_largest = largest;
         for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {

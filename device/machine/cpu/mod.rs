@@ -110,8 +110,9 @@ primitive! {
     silu_mul(gate: &mut [f32], up: &[f32]) = lanes::silu_mul
 }
 primitive! {
-    /// One query against `keys.len() / query.len()` positions: leaves the weighted sum of values in
-    /// `out` and returns the largest score and the sum of weights.
+    /// One query against the positions of a split, `[positions, query.len()]` from its first to the
+    /// query's own: leaves the weighted sum of values in `out` and returns the largest score and the
+    /// sum of weights.
     attend(query: &[f32], keys: &[f32], values: &[f32], scale: f32, out: &mut [f32]) -> (f32, f32)
         = lanes::attend
 }

@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
 use super::{Isa, Matrix, PREFETCH_BYTES};
@@ -60,6 +61,15 @@ impl Machine for Thread {
 
     fn now_ns(&self) -> u64 {
         self.clock.elapsed().as_nanos() as u64
+    }
+
+    /// The caches keep it near.
+    #[inline(always)]
+    fn keep_step(&self, _step: Span<StepState>) {}
+
+    #[inline(always)]
+    fn step(&self, step: Span<StepState>) -> Span<StepState> {
+        step
     }
 
     #[inline(always)]
@@ -137,7 +147,10 @@ impl Machine for Thread {
     #[inline(always)]
     fn discard(&self, _task: &Task) {}
 
+    /// The caches have it by the time.
     #[inline(always)]
+    fn expect(&self, _finish: &Finish, _out: impl Fn(usize) -> Span<f32>) {}
+
     fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
         let len = finish.len;
         for token in 0..finish.count {
@@ -188,18 +201,23 @@ impl Machine for Thread {
     }
 
     #[inline(always)]
-    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
-        for idx in 0..count {
-            let Rotation { from, out, norm, turn } = item(idx);
+    fn rotate(
+        &self,
+        dims: &Dims,
+        count: usize,
+        is_wanted: impl Fn(usize) -> bool,
+        item: impl Fn(usize) -> Rotation,
+    ) {
+        for idx in (0..count).filter(|idx| is_wanted(*idx)) {
+            let Rotation { from, out, norm, cos, sin } = item(idx);
             let out = out.as_mut_slice();
-            match norm {
-                None => out.copy_from_slice(from.as_slice()),
-                Some(weight) => {
-                    let eps = dims.rms_norm_eps;
-                    super::rms_norm(self.isa, from.as_slice(), weight.as_slice(), eps, out);
-                }
+            if norm.is_empty() {
+                out.copy_from_slice(from.as_slice());
+            } else {
+                let eps = dims.rms_norm_eps;
+                super::rms_norm(self.isa, from.as_slice(), norm.as_slice(), eps, out);
             }
-            if let Some([cos, sin]) = turn {
+            if !cos.is_empty() {
                 super::rope(self.isa, out, cos.as_slice(), sin.as_slice());
             }
         }
@@ -207,13 +225,17 @@ impl Machine for Thread {
 
     fn attend(&self, split: Split) {
         let dim = split.head_dim;
+        let first = (split.split * ATTENTION_BLOCK) as usize;
+        let count = split.position as usize + 1 - first;
+        let [keys, values] =
+            [split.keys, split.values].map(|plane| plane.sub(first * dim, count * dim));
         for row in 0..split.query_count {
             let (query, out) = (split.queries.row(row, dim), split.out.row(row, dim + 2));
             let (largest, total) = super::attend(
                 self.isa,
                 query.as_slice(),
-                split.keys.as_slice(),
-                split.values.as_slice(),
+                keys.as_slice(),
+                values.as_slice(),
                 split.scale,
                 out.sub(0, dim).as_mut_slice(),
             );

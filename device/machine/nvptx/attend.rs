@@ -1,18 +1,22 @@
 //! Attention of one split, the rotation of heads, and the choice of the best value.
 //!
-//! The warps of a block deal the positions of a split among them in groups; each keeps a running
-//! maximum, and the results are merged in the order of the warps. Who gets which position depends on
-//! the position alone, so a split's result does not depend on what else the step contains.
+//! Each query has a group of warps, which deal the positions of a split among them; each warp keeps a
+//! running maximum, and the results are merged in the order of the warps. Who gets which position
+//! depends on the position alone, so a split's result does not depend on what else the step contains.
 
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX, HEAD_DIM_MAX};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::tile::{
     ATTENTION_PARTIAL_VALUES, ATTENTION_VALUES, COMPUTE_WARPS, PARTIALS, REDUCTION, WARP_LANES,
 };
 
 use super::barrier::sync_compute;
-use super::block::{Block, near, sqrt};
-use super::memory::{load_global_f32, load_shared_word, store_shared_f32, store_shared_word};
-use super::{fma, warp};
+use super::block::{Block, near};
+use super::memory::{
+    Quad, load_global, load_shared_word, store_shared, store_shared_f32, store_shared_word,
+};
+use super::{divide, fma, rsqrt, warp};
+use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Split};
 
 /// See `Machine::rotate`: one vector, by one warp. `P` pairs to a lane.
@@ -27,22 +31,22 @@ pub fn rotate<const P: usize>(item: Rotation, dims: &Dims, lane: usize) {
         let idx = lane + p * WARP_LANES as usize;
         if idx < half {
             pairs[p] = [item.from.read(idx), item.from.read(idx + half)];
-            if let Some(weight) = item.norm {
-                weights[p] = [weight.read(idx), weight.read(idx + half)];
+            if !item.norm.is_empty() {
+                weights[p] = [item.norm.read(idx), item.norm.read(idx + half)];
             }
-            if let Some([cos, sin]) = item.turn {
-                turns[p] = [cos.read(idx), sin.read(idx)];
+            if !item.cos.is_empty() {
+                turns[p] = [item.cos.read(idx), item.sin.read(idx)];
             }
         }
     }
-    if item.norm.is_some() {
+    if !item.norm.is_empty() {
         let mut sum = 0.0;
         for p in 0..P {
             sum = fma(pairs[p][0], pairs[p][0], sum);
             sum = fma(pairs[p][1], pairs[p][1], sum);
         }
-        let mean = warp::sum(sum) / dims.kv.head_dim as f32;
-        let scale = 1.0 / sqrt(mean + dims.rms_norm_eps);
+        let mean = divide(warp::sum(sum), dims.kv.head_dim as f32);
+        let scale = rsqrt(mean + dims.rms_norm_eps);
         for p in 0..P {
             pairs[p] = [pairs[p][0] * scale * weights[p][0], pairs[p][1] * scale * weights[p][1]];
         }
@@ -51,199 +55,229 @@ pub fn rotate<const P: usize>(item: Rotation, dims: &Dims, lane: usize) {
         let idx = lane + p * WARP_LANES as usize;
         if idx < half {
             let ([a, b], [cos, sin]) = (pairs[p], turns[p]);
-            item.out.write(idx, if item.turn.is_some() { a * cos - b * sin } else { a });
-            item.out.write(idx + half, if item.turn.is_some() { b * cos + a * sin } else { b });
+            let is_turned = !item.cos.is_empty();
+            item.out.write(idx, if is_turned { a * cos - b * sin } else { a });
+            item.out.write(idx + half, if is_turned { b * cos + a * sin } else { b });
         }
     }
 }
 
-/// See `Machine::attend`. The match bounds the values that a lane keeps in registers.
+const _: () = assert!(HEAD_DIM_MAX <= 8 * KEY_STEP);
+const _: () = assert!(HEAD_DIM_MAX <= ATTENTION_VALUES);
+
+/// Lanes that share a key or value.
+const KEY_LANES: u32 = 8;
+/// Keys that one load of a warp takes from.
+const KEYS: u32 = WARP_LANES / KEY_LANES;
+/// Values of one load of a lane.
+const QUAD: u32 = 4;
+/// Values of a key that one load of its lanes takes.
+const KEY_STEP: u32 = KEY_LANES * QUAD;
+
+/// See `Machine::attend`. The match bounds the values that a lane keeps in registers: `D` loads of a
+/// lane for each key, `B` loads of keys at once.
 #[inline(always)]
 pub fn attend(block: &Block, split: Split) {
-    match split.head_dim.div_ceil(WARP_LANES as usize) {
-        1 | 2 => attend_groups::<2, 4, 4, 16>(block, split),
-        3 | 4 => attend_groups::<4, 2, 4, 8>(block, split),
-        5..=8 => attend_groups::<8, 2, 2, 4>(block, split),
-        _ => attend_groups::<16, 1, 1, 1>(block, split),
+    match (split.head_dim as u32).div_ceil(KEY_STEP) {
+        1 | 2 => attend_queries::<2, 4>(block, &split),
+        3 | 4 => attend_queries::<4, 2>(block, &split),
+        _ => attend_queries::<8, 1>(block, &split),
     }
 }
 
-/// `D` values of a head to a lane, `G` queries and `B` positions at once; `N` is `G` times `B`.
+/// Up to `COMPUTE_WARPS` queries at a time. Each has a group of warps, which deal the keys of the
+/// split among them.
 #[inline(always)]
-fn attend_groups<const D: usize, const G: usize, const B: usize, const N: usize>(
-    block: &Block,
-    split: Split,
-) {
-    const { assert!(G * D * 32 <= ATTENTION_VALUES as usize && G * B == N) };
+fn attend_queries<const D: usize, const B: usize>(block: &Block, split: &Split) {
     let mut first = 0;
-    while first < split.query_count {
-        let count = G.min(split.query_count - first);
-        let state = scan::<D, G, B, N>(block, &split, first, count);
-        leave(block, &split, &state);
+    while first < split.query_count as u32 {
+        let count = COMPUTE_WARPS.min(split.query_count as u32 - first);
+        let shift = match count {
+            1 => 3,
+            2 => 2,
+            3 | 4 => 1,
+            _ => 0,
+        };
+        let group = 1 << shift;
+        let (query, member) = (block.warp_idx() >> shift, block.warp_idx() & (group - 1));
+        if query < count {
+            let state = scan::<D, B>(block, split, first + query, member, group);
+            leave(block, split, &state);
+        }
         sync_compute();
-        combine(block, &split, first, count);
+        combine(block, split, first, count, group);
         sync_compute();
-        first += G;
+        first += count;
     }
 }
 
-/// What one warp knows of `G` queries after its positions.
-struct State<const D: usize, const G: usize> {
-    largest: [f32; G],
-    total: [f32; G],
-    sums: [[f32; D]; G],
+/// What one lane knows of a query after its warp's positions: the sums are of the lane's columns and
+/// of every fourth position, the rest is of all of the warp's.
+struct State<const D: usize> {
+    largest: f32,
+    total: f32,
+    sums: [Quad; D],
 }
 
+/// Scores of a warp's keys with its query: each lane's columns of `B` loads.
 #[inline(always)]
-fn scan<const D: usize, const G: usize, const B: usize, const N: usize>(
+fn scan<const D: usize, const B: usize>(
     block: &Block,
     split: &Split,
-    first: usize,
-    count: usize,
-) -> State<D, G> {
-    let (lane, dim) = (block.warp_lane() as usize, split.head_dim);
-    let position_count = split.keys.len() / dim;
-    let mut queries = [[0.0f32; D]; G];
-    for (g, query) in queries.iter_mut().enumerate() {
-        for (d, value) in query.iter_mut().enumerate() {
-            let column = lane + d * WARP_LANES as usize;
-            if g < count && column < dim {
-                *value = split.queries.values.read((first + g) * split.queries.stride + column);
-            }
-        }
-    }
-    let mut state = State { largest: [f32::NEG_INFINITY; G], total: [0.0; G], sums: [[0.0; D]; G] };
-    let mut position = block.warp_idx() as usize * B;
-    while position < position_count {
-        let mut keys = [[0.0f32; D]; B];
-        let mut values = [[0.0f32; D]; B];
-        for b in 0..B {
+    query: u32,
+    member: u32,
+    group: u32,
+) -> State<D> {
+    const STEP: u32 = ATTENTION_BLOCK * ATTENTION_SPLIT_MAX;
+    let (lane, dim) = (block.warp_lane(), split.head_dim as u32);
+    let (key, column) = (lane / KEY_LANES, lane % KEY_LANES * QUAD);
+    let at = |first: u64, row: u32, d: usize| {
+        first + u64::from(row * dim + column + d as u32 * KEY_STEP) * 4
+    };
+    let is_inside = |d: usize| column + d as u32 * KEY_STEP < dim;
+    let query_row = split.queries.values.address();
+    let query_row = query_row + u64::from(query * split.queries.stride as u32) * 4;
+    let mut state = State { largest: f32::NEG_INFINITY, total: 0.0, sums: [[0.0; 4]; D] };
+    let mut block_first = split.split * ATTENTION_BLOCK;
+    while block_first <= split.position {
+        let end = (split.position + 1).min(block_first + ATTENTION_BLOCK);
+        let mut first = block_first + member * KEYS * B as u32;
+        while first < end {
+            let take = |plane: Span<f32>| {
+                let mut quads = [[[0.0; 4]; D]; B];
+                for (b, quads) in (0u32..).zip(&mut quads) {
+                    let row = first + b * KEYS + key;
+                    for (d, quad) in quads.iter_mut().enumerate() {
+                        if row < end && is_inside(d) {
+                            // SAFETY: both planes have rows of `dim` values for all positions.
+                            *quad = unsafe { load_global(at(plane.address(), row, d)) };
+                        }
+                    }
+                }
+                quads
+            };
+            let (keys, values) = (take(split.keys), take(split.values));
+            let mut scores = [0.0; B];
             for d in 0..D {
-                let column = lane + d * WARP_LANES as usize;
-                if position + b < position_count && column < dim {
-                    let offset = ((position + b) * dim + column) as u64 * 4;
-                    // SAFETY: both spans have `position_count` rows of `dim` values.
-                    keys[b][d] = unsafe { load_global_f32(split.keys.address() + offset) };
-                    // SAFETY: as above.
-                    values[b][d] = unsafe { load_global_f32(split.values.address() + offset) };
+                if is_inside(d) {
+                    let address = at(query_row, 0, d) as *const Quad;
+                    // SAFETY: the query's row; near or in this worker's share of the heap.
+                    let query = unsafe { address.read() };
+                    for b in 0..B {
+                        for idx in 0..4 {
+                            scores[b] = fma(query[idx], keys[b][d][idx], scores[b]);
+                        }
+                    }
                 }
             }
+            for (b, score) in scores.iter_mut().enumerate() {
+                *score = sum_of_key(*score) * split.scale;
+                if first + b as u32 * KEYS + key >= end {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+            update(block, &mut state, &scores, &values);
+            first += group * KEYS * B as u32;
         }
-        let scores = scores::<D, G, B, N>(&queries, &keys, lane as u32, split.scale);
-        let valid = position_count - position;
-        for g in 0..G {
-            update::<D, G, B>(block, &mut state, g, &scores[g], &values, valid);
-        }
-        position += COMPUTE_WARPS as usize * B;
+        block_first += STEP;
     }
+    for sums in &mut state.sums {
+        *sums = sums.map(sum_of_keys);
+    }
+    state.total = sum_of_keys(state.total);
     state
 }
 
-/// Scaled products of all queries and keys, on every lane.
+/// The sum over the lanes that share a key, on each of them.
 #[inline(always)]
-fn scores<const D: usize, const G: usize, const B: usize, const N: usize>(
-    queries: &[[f32; D]; G],
-    keys: &[[f32; D]; B],
-    lane: u32,
-    scale: f32,
-) -> [[f32; B]; G] {
-    let mut products = [0.0f32; N];
-    for g in 0..G {
-        for b in 0..B {
-            let mut sum = 0.0;
-            for d in 0..D {
-                sum = fma(queries[g][d], keys[b][d], sum);
-            }
-            products[g * B + b] = sum;
-        }
+fn sum_of_key(mut value: f32) -> f32 {
+    for mask in [4, 2, 1] {
+        value += warp::exchange(value, mask);
     }
-    let sum = warp::sum_scattered::<N>(products, lane);
-    let mut scores = [[0.0f32; B]; G];
-    for g in 0..G {
-        for b in 0..B {
-            let source = (g * B + b) as u32 * (WARP_LANES / N as u32);
-            scores[g][b] = warp::take(sum, source) * scale;
-        }
-    }
-    scores
+    value
 }
 
-/// Adds `B` positions, of which `valid` exist, to query `g`.
+/// The sum over the lanes that have the same columns of different keys, on each of them.
 #[inline(always)]
-fn update<const D: usize, const G: usize, const B: usize>(
+fn sum_of_keys(mut value: f32) -> f32 {
+    for mask in [16, 8] {
+        value += warp::exchange(value, mask);
+    }
+    value
+}
+
+/// Adds keys, of which at least one has a score; of a key that does not exist it is minus infinity.
+#[inline(always)]
+fn update<const D: usize, const B: usize>(
     block: &Block,
-    state: &mut State<D, G>,
-    g: usize,
+    state: &mut State<D>,
     scores: &[f32; B],
-    values: &[[f32; D]; B],
-    valid: usize,
+    values: &[[Quad; D]; B],
 ) {
-    let mut largest = state.largest[g];
-    for b in 0..B {
-        if b < valid {
-            largest = largest.max(scores[b]);
-        }
+    let mut largest = scores.iter().fold(state.largest, |largest, score| largest.max(*score));
+    for mask in [16, 8] {
+        largest = largest.max(warp::exchange(largest, mask));
     }
-    let keep = block.exp(state.largest[g] - largest);
-    state.largest[g] = largest;
-    state.total[g] *= keep;
-    for d in 0..D {
-        state.sums[g][d] *= keep;
+    let keep = block.exp(state.largest - largest);
+    state.largest = largest;
+    state.total *= keep;
+    for sums in &mut state.sums {
+        *sums = sums.map(|sum| sum * keep);
     }
-    for b in 0..B {
-        let weight = if b < valid { block.exp(scores[b] - largest) } else { 0.0 };
-        state.total[g] += weight;
-        for d in 0..D {
-            state.sums[g][d] = fma(values[b][d], weight, state.sums[g][d]);
+    for (score, values) in scores.iter().zip(values) {
+        let weight = block.exp(score - largest);
+        state.total += weight;
+        for (sums, values) in state.sums.iter_mut().zip(values) {
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum = fma(*value, weight, *sum);
+            }
         }
     }
 }
 
-/// Leaves a warp's state in the area of partials.
+/// Leaves a warp's state in the area of partials. Every lane has the sums of its columns.
 #[inline(always)]
-fn leave<const D: usize, const G: usize>(block: &Block, split: &Split, state: &State<D, G>) {
-    let (lane, dim) = (block.warp_lane() as usize, split.head_dim);
+fn leave<const D: usize>(block: &Block, split: &Split, state: &State<D>) {
+    let (lane, dim) = (block.warp_lane(), split.head_dim as u32);
     let area = block.shared + PARTIALS + block.warp_idx() * ATTENTION_PARTIAL_VALUES * 4;
-    for g in 0..G {
-        for d in 0..D {
-            let column = lane + d * WARP_LANES as usize;
-            if column < dim {
-                // SAFETY: this warp's part of the area; the group's heads fit it by the assertion
-                // in `attend_groups`.
-                unsafe { store_shared_f32(area + (g * dim + column) as u32 * 4, state.sums[g][d]) };
-            }
+    for (d, sums) in (0u32..).zip(&state.sums) {
+        let column = lane * QUAD + d * KEY_STEP;
+        if lane < KEY_LANES && column < dim {
+            // SAFETY: this warp's part of the area, which has room for a head.
+            unsafe { store_shared(area + column * 4, *sums) };
         }
-        if lane == 0 {
-            let place = area + (ATTENTION_VALUES + 2 * g as u32) * 4;
-            // SAFETY: as above.
-            unsafe {
-                store_shared_f32(place, state.largest[g]);
-                store_shared_f32(place + 4, state.total[g]);
-            }
+    }
+    if lane == 0 {
+        let place = area + ATTENTION_VALUES * 4;
+        // SAFETY: as above.
+        unsafe {
+            store_shared_f32(place, state.largest);
+            store_shared_f32(place + 4, state.total);
         }
     }
 }
 
-/// Merges the warps' states of `count` queries, in the order of the warps.
+/// Merges the states of `count` queries from `first` on, each in the order of its `group` of warps.
+/// A warp that has had no key has a largest score of minus infinity; the first one has had some.
 #[inline(always)]
-fn combine(block: &Block, split: &Split, first: usize, count: usize) {
+fn combine(block: &Block, split: &Split, first: u32, count: u32, group: u32) {
     let dim = split.head_dim;
     let part = |warp: u32, index: u32| {
         near(block.shared + PARTIALS, warp * ATTENTION_PARTIAL_VALUES + index)
     };
-    block.for_each(count, dim, |g, column| {
-        let score = ATTENTION_VALUES + 2 * g as u32;
+    block.for_each(count as usize, dim, |query, column| {
+        let warps = query as u32 * group..(query as u32 + 1) * group;
         let mut largest = f32::NEG_INFINITY;
-        for warp in 0..COMPUTE_WARPS {
-            largest = largest.max(part(warp, score));
+        for warp in warps.clone() {
+            largest = largest.max(part(warp, ATTENTION_VALUES));
         }
         let (mut sum, mut total) = (0.0, 0.0);
-        for warp in 0..COMPUTE_WARPS {
-            let weight = block.exp(part(warp, score) - largest);
-            total = fma(part(warp, score + 1), weight, total);
-            sum = fma(part(warp, (g * dim + column) as u32), weight, sum);
+        for warp in warps {
+            let weight = block.exp(part(warp, ATTENTION_VALUES) - largest);
+            total = fma(part(warp, ATTENTION_VALUES + 1), weight, total);
+            sum = fma(part(warp, column as u32), weight, sum);
         }
-        let row = (first + g) * split.out.stride;
+        let row = (first as usize + query) * split.out.stride;
         split.out.values.write(row + column, sum);
         if column == 0 {
             split.out.values.write(row + dim, largest);

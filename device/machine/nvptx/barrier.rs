@@ -74,6 +74,35 @@ pub unsafe fn arrive_expect(barrier: u32, bytes: u32) {
     }
 }
 
+/// Waits until the phase of `parity` is complete; false if it is not after `tests_max` tests.
+///
+/// # Safety
+/// `barrier` is an initialised barrier.
+#[inline(always)]
+#[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
+pub unsafe fn wait(barrier: u32, parity: u32, tests_max: u32) -> bool {
+    let left: u32;
+    // One statement: compilers unroll loops that count, and this one is in many places.
+    // SAFETY: by this function's contract.
+    unsafe {
+        #[cfg(tilert_sm90)]
+        asm!("{{ .reg .pred p;", "mov.u32 {n}, {m};",
+             "TEST:", ".pragma \"nounroll\";",
+             "mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {y};", "@p bra DONE;",
+             "sub.u32 {n}, {n}, 1;", "setp.ne.u32 p, {n}, 0;", "@p bra TEST;", "DONE: }}",
+             n = out(reg32) left, m = in(reg32) tests_max, b = in(reg32) barrier,
+             y = in(reg32) parity, options(nostack));
+        #[cfg(not(tilert_sm90))]
+        asm!("{{ .reg .pred p;", "mov.u32 {n}, {m};",
+             "TEST:", ".pragma \"nounroll\";",
+             "mbarrier.test_wait.parity.shared.b64 p, [{b}], {y};", "@p bra DONE;",
+             "sub.u32 {n}, {n}, 1;", "setp.ne.u32 p, {n}, 0;", "@p bra TEST;", "DONE: }}",
+             n = out(reg32) left, m = in(reg32) tests_max, b = in(reg32) barrier,
+             y = in(reg32) parity, options(nostack));
+    }
+    left != 0
+}
+
 /// Whether the phase of `parity` is complete; may wait a little for it.
 ///
 /// # Safety

@@ -2,29 +2,32 @@
 
 use core::arch::asm;
 use core::cell::Cell;
+use core::mem::offset_of;
 
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, DECODE_TOKENS_MAX};
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
+use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, INPUTS, OP_WORDS, REDUCTION, WARP_LANES,
+    COMPUTE_LANES, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STEP,
+    TILE_ROWS_MAX, WARP_LANES,
 };
 
 use super::barrier::sync_compute;
-use super::inputs::{Layout, put};
+use super::inputs::{Layout, PART_ROWS_MAX, put};
 use super::loader::PageCursor;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
-    load_global_pair, load_shared, load_shared_f32, load_shared_word, store_global,
-    store_shared_f32, store_shared_word, widen_f16,
+    load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
+    store_global, store_shared_f32, store_shared_pair, store_shared_word, widen_f16,
 };
-use super::{attend, fma, multiply, ops, sreg, warp};
+use super::{attend, divide, fma, multiply, ops, rsqrt, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 use crate::worker::{Claim, Stopped, Worker};
 
-/// Quads of merged heads that a lane works on at once.
-const MERGES_AHEAD: u32 = 1;
+/// Splits of a head whose loads are in flight together.
+const SPLITS_AHEAD: usize = 4;
 /// How long an idle block sleeps between looks.
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
@@ -32,7 +35,21 @@ const QUAD: u32 = 4;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
 /// Values of one load of all lanes.
-const STEP: u32 = QUAD * COMPUTE_LANES;
+const TURN: u32 = QUAD * COMPUTE_LANES;
+
+/// What the compiler knows of an op's tasks when it compiles the op's function.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// Format of the tasks' weights, if they have any.
+    pub format: WeightFormat,
+    /// Whether input rows are kept as parts.
+    pub is_narrow: bool,
+}
+
+impl Kind {
+    /// Of tasks without weights.
+    pub const NONE: Kind = Kind { format: WeightFormat::F32, is_narrow: false };
+}
 
 /// The computing part of a block, as one thread sees it.
 pub struct Block {
@@ -40,8 +57,10 @@ pub struct Block {
     pub thread_idx: u32,
     /// Shared address of the block's memory.
     pub shared: u32,
-    /// Format of the weights of the task, if it has any.
-    pub format: WeightFormat,
+    /// The kind of tasks.
+    pub kind: Kind,
+    /// What `store` adds this lane's first product to, if it adds.
+    old: Cell<f32>,
     /// Bytes of the area of input rows.
     pub input_bytes: u32,
     /// How the input rows of the task are kept.
@@ -51,7 +70,7 @@ pub struct Block {
     /// Shared address of the slot of the task that runs.
     pub slot: Cell<u32>,
     /// The leader's next word, from `OP_WORDS`.
-    lead_word: Cell<u32>,
+    pub lead_word: Cell<u32>,
 }
 
 impl Block {
@@ -63,7 +82,7 @@ impl Block {
         thread_idx: u32,
         shared: u32,
         header: &ProgramHeader,
-        format: WeightFormat,
+        kind: Kind,
         lead_word: u32,
     ) -> Block {
         let pages = PageCursor::new(shared, header);
@@ -71,7 +90,8 @@ impl Block {
         Block {
             thread_idx,
             shared,
-            format,
+            kind,
+            old: Cell::new(0.0),
             input_bytes,
             layout,
             pages,
@@ -102,6 +122,90 @@ impl Block {
             // SAFETY: a value of the reduction area that this warp owns.
             unsafe { store_shared_f32(self.shared + REDUCTION + index * 4, sum) };
         }
+    }
+
+    /// Copies rows to where they are kept near; `N` loads of a lane are in flight together.
+    #[inline(always)]
+    fn copy_rows<const N: usize>(&self, from: Rows, count: usize, dim: u32, to: Rows) {
+        for row in 0..count as u32 {
+            let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
+            let mut base = self.thread_idx * QUAD;
+            while base < dim {
+                let quads = read_quads::<N>(source, base, dim, false);
+                for (step, quad) in (0u32..).zip(&quads) {
+                    if base + step * TURN < dim {
+                        put(self.shared, self.layout.get(), &to, row, base + step * TURN, *quad);
+                    }
+                }
+                base += N as u32 * TURN;
+            }
+        }
+    }
+
+    /// Merges the splits of all heads into a row; `N` merges of a lane are under way together.
+    #[inline(always)]
+    fn merge_heads<const N: usize>(
+        &self,
+        dims: &Dims,
+        splits: u64,
+        count: u32,
+        out: &Rows,
+        row: u32,
+    ) {
+        let dim = dims.kv.head_dim;
+        let (pitch, len) = (dims.split_values() * 4, dims.head_count * dim);
+        let mut base = self.thread_idx * QUAD;
+        while base < len {
+            let mut merges: [Merge; N] = core::array::from_fn(|step| {
+                // Past the end the first head is merged and left alone.
+                let column = base + step as u32 * TURN;
+                let column = if column < len { column } else { 0 };
+                let head = column / dim * ATTENTION_SPLIT_MAX * pitch;
+                Merge::new(splits + u64::from(head), column % dim, dim)
+            });
+            let mut first = 0;
+            while first < count {
+                let requested = merges.map(|merge| merge.request(first, count, pitch));
+                for (merge, splits) in merges.iter_mut().zip(&requested) {
+                    merge.add(self, splits);
+                }
+                first += SPLITS_AHEAD as u32;
+            }
+            for (step, merge) in (0u32..).zip(&merges) {
+                let column = base + step * TURN;
+                if column < len {
+                    let scale = divide(1.0, merge.total);
+                    let quad = merge.merged.map(|sum| sum * scale);
+                    put(self.shared, self.layout.get(), out, row, column, quad);
+                }
+            }
+            base += N as u32 * TURN;
+        }
+    }
+
+    /// Token and column of this lane's product, of at most `PART_ROWS_MAX` tokens.
+    #[inline(always)]
+    fn item(&self, finish: &Finish) -> Option<(u32, u32)> {
+        const { assert!(PART_ROWS_MAX == 2 && PART_ROWS_MAX * TILE_ROWS_MAX <= COMPUTE_LANES) };
+        let len = finish.len as u32;
+        let token = u32::from(self.thread_idx >= len);
+        let is_there = self.thread_idx < len * finish.count as u32;
+        is_there.then_some((token, self.thread_idx - token * len))
+    }
+
+    /// Finishes one product.
+    #[inline(always)]
+    fn finish(&self, finish: &Finish, token: usize, column: usize, out: Span<f32>, old: f32) {
+        let product = |row: usize, bias: Span<f32>| {
+            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
+            if bias.is_empty() { sum } else { sum + bias.read(column) }
+        };
+        let mut value = product(finish.first + column, finish.bias);
+        if finish.is_gated {
+            let up = product(finish.first + finish.len + column, finish.up_bias);
+            value = divide(value, 1.0 + self.exp(-value)) * up;
+        }
+        out.write(column, if finish.adds { old + value } else { value });
     }
 
     /// The sum of what `block_sum` left for `row`, in the order of the warps; after `sync`.
@@ -148,6 +252,38 @@ impl Machine for Block {
     }
 
     #[inline(always)]
+    fn keep_step(&self, step: Span<StepState>) {
+        // Pairs of words: the counts, and of both lists what a step on a GPU has.
+        const LOGIT_TOKENS: u32 = offset_of!(StepState, logit_tokens) as u32;
+        const TOKENS: u32 = offset_of!(StepState, tokens) as u32;
+        const LOGIT_PAIRS: u32 = GPU_STEP_TOKENS_MAX / 2;
+        const TOKEN_PAIRS: u32 = GPU_STEP_TOKENS_MAX * size_of::<StepToken>() as u32 / 8;
+        const { assert!(LOGIT_TOKENS == 8 && TOKENS.is_multiple_of(8)) };
+        const { assert!(GPU_STEP_TOKENS_MAX <= DECODE_TOKENS_MAX) };
+        const { assert!(1 + LOGIT_PAIRS + TOKEN_PAIRS <= COMPUTE_LANES) };
+        let pair = self.thread_idx;
+        if pair <= LOGIT_PAIRS + TOKEN_PAIRS {
+            let offset = match pair {
+                0..=LOGIT_PAIRS => pair * 8,
+                _ => TOKENS + (pair - LOGIT_PAIRS - 1) * 8,
+            };
+            // SAFETY: words of the step, which is ready, and of this block's copy of it, which no
+            // lane reads: every task of the step before has ended with a barrier.
+            unsafe {
+                let pair = load_global_pair(step.address() + u64::from(offset));
+                store_shared_pair(self.shared + STEP + offset, pair.map(f32::to_bits));
+            }
+        }
+        sync_compute();
+    }
+
+    #[inline(always)]
+    fn step(&self, _step: Span<StepState>) -> Span<StepState> {
+        // SAFETY: the copy that `keep_step` has made.
+        unsafe { Span::new(generic(self.shared + STEP), 1) }
+    }
+
+    #[inline(always)]
     fn now_ns(&self) -> u64 {
         sreg::now_ns()
     }
@@ -171,11 +307,13 @@ impl Machine for Block {
         heap: Span<f32>,
         count: usize,
         dim: usize,
-        format: Option<WeightFormat>,
+        _format: Option<WeightFormat>,
     ) -> Rows {
-        // The format of the op's function: a constant, unlike the one in the record.
-        let format = format.map(|_| self.format);
-        let layout = Layout::new(count as u32, dim as u32, format, self.input_bytes);
+        let layout = if self.kind.is_narrow {
+            Layout::parts(count as u32, dim as u32)
+        } else {
+            Layout::whole(count as u32, dim as u32, self.input_bytes)
+        };
         self.layout.set(layout);
         if layout == Layout::Far {
             return Rows { values: heap, stride: dim.next_multiple_of(16) };
@@ -193,22 +331,13 @@ impl Machine for Block {
 
     #[inline(always)]
     fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows {
-        let layout = self.layout.get();
-        if layout == Layout::Far || is_kept {
-            return if layout == Layout::Far { from } else { to };
+        if self.layout.get() == Layout::Far || is_kept {
+            return if self.layout.get() == Layout::Far { from } else { to };
         }
-        for row in 0..count as u32 {
-            let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
-            let mut base = self.thread_idx * QUAD;
-            while base < dim as u32 {
-                let quads = read_quads::<2>(source, base, dim as u32, false);
-                for (step, quad) in (0u32..).zip(&quads) {
-                    if base + step * STEP < dim as u32 {
-                        put(self.shared, layout, &to, row, base + step * STEP, *quad);
-                    }
-                }
-                base += 2 * STEP;
-            }
+        if self.kind.is_narrow {
+            self.copy_rows::<8>(from, count, dim as u32, to);
+        } else {
+            self.copy_rows::<2>(from, count, dim as u32, to);
         }
         sync_compute();
         to
@@ -235,12 +364,12 @@ impl Machine for Block {
                         sum = fma(*value, *value, sum);
                     }
                 }
-                base += NORM_QUADS as u32 * STEP;
+                base += NORM_QUADS as u32 * TURN;
             }
             self.block_sum(row, sum);
         }
         // A row that is alone and short is still in registers.
-        let is_kept = count == 1 && dim <= NORM_QUADS as u32 * STEP;
+        let is_kept = count == 1 && dim <= NORM_QUADS as u32 * TURN;
         let (mut base, mut is_ordered) = (first, false);
         while base < dim || !is_ordered {
             // The first weights arrive while the block waits for the sums.
@@ -253,17 +382,17 @@ impl Machine for Block {
                 if !is_kept {
                     quads = read_quads(from(row).address(), base, dim, false);
                 }
-                let scale = 1.0 / sqrt(self.block_total(row) / dim as f32 + eps);
+                let scale = rsqrt(divide(self.block_total(row), dim as f32) + eps);
                 for step in 0..NORM_QUADS {
                     let (quad, weight) = (quads[step], weights[step]);
-                    let column = base + step as u32 * STEP;
+                    let column = base + step as u32 * TURN;
                     if column < dim {
                         let values = core::array::from_fn(|idx| quad[idx] * scale * weight[idx]);
                         put(self.shared, layout, &out, row as u32, column, values);
                     }
                 }
             }
-            base += NORM_QUADS as u32 * STEP;
+            base += NORM_QUADS as u32 * TURN;
         }
         sync_compute();
     }
@@ -278,59 +407,63 @@ impl Machine for Block {
         multiply::discard(self, task);
     }
 
+    /// With few rows each lane has at most one product: it asks for what that is added to.
+    #[inline(always)]
+    fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        if !self.kind.is_narrow || !finish.adds {
+            return;
+        }
+        if let Some((token, column)) = self.item(finish) {
+            let address = out(token as usize).address() + u64::from(column) * 4;
+            // SAFETY: a value of the output that this lane alone will change. The statement keeps
+            // the load here, well before its value is needed.
+            self.old.set(unsafe { load_global_early(address) });
+        }
+    }
+
     #[inline(always)]
     fn store(&self, _products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        let product = |row: usize, token, bias: Span<f32>, column| {
-            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
-            if bias.is_empty() { sum } else { sum + bias.read(column) }
-        };
+        if self.kind.is_narrow {
+            if let Some((token, column)) = self.item(finish) {
+                let out = out(token as usize);
+                let old = if finish.adds { self.old.get() } else { 0.0 };
+                self.finish(finish, token as usize, column as usize, out, old);
+            }
+            return;
+        }
         self.for_each(finish.count, finish.len, |token, column| {
             let out = out(token);
-            // Requested before the sums are looked at.
             let old = if finish.adds { out.read(column) } else { 0.0 };
-            let mut value = product(finish.first + column, token, finish.bias, column);
-            if finish.is_gated {
-                let row = finish.first + finish.len + column;
-                let up = product(row, token, finish.up_bias, column);
-                value = value / (1.0 + self.exp(-value)) * up;
-            }
-            out.write(column, if finish.adds { old + value } else { value });
+            self.finish(finish, token, column, out, old);
         });
     }
 
     #[inline(always)]
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
-        let (dim, stride) = (dims.kv.head_dim, dims.split_values());
-        let (first, len) = (self.thread_idx * QUAD, dims.head_count * dim);
-        let mut base = 0;
-        while first + base < len {
-            let mut quads = [[0.0; QUAD as usize]; MERGES_AHEAD as usize];
-            for (step, quad) in (0..MERGES_AHEAD).zip(&mut quads) {
-                let column = first + base + step * STEP;
-                if column < len {
-                    let head = column / dim * ATTENTION_SPLIT_MAX * stride;
-                    let head = splits.address() + u64::from(head) * 4;
-                    *quad = merge_quad(self, head, [column % dim, dim, stride], split_count as u32);
-                }
-            }
-            for (step, quad) in (0..MERGES_AHEAD).zip(&quads) {
-                let column = first + base + step * STEP;
-                if column < len {
-                    put(self.shared, self.layout.get(), &out, row as u32, column, *quad);
-                }
-            }
-            base += MERGES_AHEAD * STEP;
+        let (splits, count) = (splits.address(), split_count as u32);
+        if self.kind.is_narrow {
+            self.merge_heads::<2>(dims, splits, count, &out, row as u32);
+        } else {
+            self.merge_heads::<1>(dims, splits, count, &out, row as u32);
         }
     }
 
     #[inline(always)]
-    fn rotate(&self, dims: &Dims, count: usize, item: impl Fn(usize) -> Rotation) {
+    fn rotate(
+        &self,
+        dims: &Dims,
+        count: usize,
+        is_wanted: impl Fn(usize) -> bool,
+        item: impl Fn(usize) -> Rotation,
+    ) {
         let mut idx = self.warp_idx() as usize;
         while idx < count {
             let lane = self.warp_lane() as usize;
-            match dims.kv.head_dim {
-                0..=128 => attend::rotate::<2>(item(idx), dims, lane),
-                _ => attend::rotate::<8>(item(idx), dims, lane),
+            if is_wanted(idx) {
+                match dims.kv.head_dim {
+                    0..=128 => attend::rotate::<2>(item(idx), dims, lane),
+                    _ => attend::rotate::<4>(item(idx), dims, lane),
+                }
             }
             idx += COMPUTE_WARPS as usize;
         }
@@ -379,13 +512,13 @@ impl Machine for Block {
         while base < whole {
             let quads = read_quads::<16>(values.address(), base, whole, false);
             for (step, quad) in (0u32..).zip(&quads) {
-                if base + step * STEP < whole {
+                if base + step * TURN < whole {
                     for (idx, value) in (0..QUAD).zip(quad) {
-                        look(*value, base + step * STEP + idx);
+                        look(*value, base + step * TURN + idx);
                     }
                 }
             }
-            base += 16 * STEP;
+            base += 16 * TURN;
         }
         let mut index = whole + self.thread_idx;
         while index < len {
@@ -440,12 +573,6 @@ fn exp2(x: f32) -> f32 {
     value
 }
 
-/// The square root, correctly rounded.
-#[inline(always)]
-pub fn sqrt(x: f32) -> f32 {
-    core::intrinsics::sqrtf32(x)
-}
-
 /// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the
 /// computing lanes; zeros past the end. All loads are in flight together.
 #[inline(always)]
@@ -453,8 +580,8 @@ fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bo
     let mut quads = [[0.0; QUAD as usize]; N];
     let address = address + u64::from(base) * 4;
     for (step, quad) in (0u32..).zip(&mut quads) {
-        if base + step * STEP < dim {
-            let from = address + u64::from(step * STEP) * 4;
+        if base + step * TURN < dim {
+            let from = address + u64::from(step * TURN) * 4;
             // SAFETY: rows are multiples of four values, aligned to 16 bytes, and the column is in
             // the row; what is constant is a bound weight.
             *quad = unsafe { if is_constant { load_constant(from) } else { load_global(from) } };
@@ -463,37 +590,57 @@ fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bo
     quads
 }
 
-/// Four columns from `value` on of a head's merged splits, in the order of the splits. A split has
-/// `stride` values: `dim` sums, the largest score, the sum of weights.
-#[inline(always)]
-fn merge_quad(block: &Block, head: u64, [value, dim, stride]: [u32; 3], count: u32) -> Quad {
-    let at = |split: u32, index: u32| head + u64::from(split * stride + index) * 4;
-    let sums = |split: u32| {
-        // SAFETY: sums of a split that attention has written; heads are multiples of four values.
-        unsafe { load_global(at(split, value)) }
-    };
-    let score = |split: u32| {
-        // SAFETY: the two values after a split's sums.
-        unsafe { load_global_pair(at(split, dim)) }
-    };
-    if count == 1 {
-        let (sums, [_, total]) = (sums(0), score(0));
-        return sums.map(|sum| sum / total);
+/// Sums of a head's splits so far, of four adjacent columns.
+#[derive(Clone, Copy)]
+struct Merge {
+    /// Address of the columns in the head's first split, and of its score and sum of weights.
+    sums: u64,
+    scores: u64,
+    largest: f32,
+    total: f32,
+    merged: Quad,
+}
+
+impl Merge {
+    /// Nothing of the columns from `column` on of a head whose splits begin at `head` and have `dim`
+    /// columns.
+    #[inline(always)]
+    fn new(head: u64, column: u32, dim: u32) -> Merge {
+        let at = |value: u32| head + u64::from(value) * 4;
+        let (sums, scores) = (at(column), at(dim));
+        Merge { sums, scores, largest: f32::NEG_INFINITY, total: 0.0, merged: [0.0; 4] }
     }
-    let mut largest = f32::NEG_INFINITY;
-    for split in 0..count {
-        largest = largest.max(score(split)[0]);
+
+    /// The sums, score and sum of weights of splits from `first` on, which are `pitch` bytes apart;
+    /// nothing past `count`.
+    #[inline(always)]
+    fn request(&self, first: u32, count: u32, pitch: u32) -> [(Quad, [f32; 2]); SPLITS_AHEAD] {
+        core::array::from_fn(|idx| {
+            let split = first + idx as u32;
+            if split >= count {
+                return ([0.0; 4], [f32::NEG_INFINITY, 0.0]);
+            }
+            let offset = u64::from(split * pitch);
+            // SAFETY: what attention has written of a split; heads are multiples of four values.
+            unsafe { (load_global(self.sums + offset), load_global_pair(self.scores + offset)) }
+        })
     }
-    let (mut merged, mut total) = ([0.0; QUAD as usize], 0.0);
-    for split in 0..count {
-        let (sums, [score, weight_sum]) = (sums(split), score(split));
-        let weight = block.exp(score - largest);
-        total = fma(weight, weight_sum, total);
-        for idx in 0..4 {
-            merged[idx] = fma(sums[idx], weight, merged[idx]);
+
+    /// Adds splits, in their order. The first of all has a score.
+    #[inline(always)]
+    fn add(&mut self, block: &Block, splits: &[(Quad, [f32; 2]); SPLITS_AHEAD]) {
+        let largest = splits.iter().fold(self.largest, |largest, split| largest.max(split.1[0]));
+        let keep = block.exp(self.largest - largest);
+        (self.largest, self.total) = (largest, self.total * keep);
+        self.merged = self.merged.map(|sum| sum * keep);
+        for (sums, [score, weight_sum]) in splits {
+            let weight = block.exp(score - largest);
+            self.total = fma(weight, *weight_sum, self.total);
+            for (merged, sum) in self.merged.iter_mut().zip(sums) {
+                *merged = fma(*sum, weight, *merged);
+            }
         }
     }
-    merged.map(|sum| sum / total)
 }
 
 /// Eight 16-bit values, widened.

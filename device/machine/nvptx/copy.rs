@@ -33,6 +33,18 @@ pub unsafe fn bulk(to: u32, from: u64, bytes: u32, barrier: u32) {
     }
 }
 
+/// Asks for a line of memory in the cache of the whole GPU.
+///
+/// # Safety
+/// The address is valid.
+#[inline(always)]
+pub unsafe fn request(address: u64) {
+    // SAFETY: by this function's contract; it changes no memory.
+    unsafe {
+        asm!("prefetch.global.L2::evict_last [{p}];", p = in(reg64) address, options(nostack))
+    };
+}
+
 /// Begins a copy of 16 bytes by this thread.
 ///
 /// # Safety

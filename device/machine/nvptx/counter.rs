@@ -7,13 +7,6 @@
 use core::arch::asm;
 use core::cell::UnsafeCell;
 
-/// Orders earlier relaxed loads of this thread before its later accesses, for the whole GPU.
-#[inline(always)]
-pub fn fence_acquire() {
-    // SAFETY: a fence.
-    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) };
-}
-
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident, $value:ty, $class:ident, $load:literal) => {
         $(#[$doc])*
@@ -60,6 +53,18 @@ counter! {
 }
 
 impl EventCounter {
+    /// The value; what preceded the signals that made it is visible after.
+    #[inline(always)]
+    pub fn load_acquire(&self) -> u32 {
+        let value: u32;
+        // SAFETY: `self` is an aligned word of global memory.
+        unsafe {
+            asm!("ld.acquire.gpu.global.u32 {v}, [{p}];", v = out(reg32) value,
+                 p = in(reg64) self.0.get(), options(nostack));
+        }
+        value
+    }
+
     /// Adds `arrivals`; what the block stored before its last barrier comes first.
     #[inline(always)]
     pub fn add_release(&self, arrivals: u32) {

@@ -13,6 +13,8 @@ use super::memory::load_constant_word;
 use super::warp;
 use crate::worker::Worker;
 
+/// Index of a task that does not exist: the queue is empty for good.
+pub const NO_TASK: u32 = u32::MAX;
 /// Bytes of a word.
 const WORD_BYTES: u64 = 4;
 
@@ -44,14 +46,10 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// The begin of the worker's queue; none if it is empty.
+    /// The begin of the worker's queue.
     #[inline(always)]
-    pub fn new(worker: &Worker<Block>, lane: u32) -> Option<Feed> {
-        let span = worker.span(worker.worker_idx);
-        if span.count == 0 {
-            return None;
-        }
-        let header = worker.header;
+    pub fn new(worker: &Worker<Block>, lane: u32) -> Feed {
+        let (span, header) = (worker.span(worker.worker_idx), worker.header);
         let mut feed = Feed {
             records: header.tasks + u64::from(lane) * WORD_BYTES,
             entries: header.queue_entries + u64::from(span.first + lane) * WORD_BYTES,
@@ -59,18 +57,22 @@ impl Feed {
             count: span.count,
             cursor: Cursor::START,
             entry: 0,
-            next: Fed { task_idx: 0, epoch: 0, word: 0 },
+            next: Fed { task_idx: NO_TASK, epoch: 0, word: 0 },
         };
-        feed.request();
-        Some(feed)
+        if feed.count > 0 {
+            feed.request();
+        }
+        feed
     }
 
-    /// Takes the next task and asks for the one after it.
+    /// Takes the next task and asks for the one after it; `NO_TASK` if the queue is empty.
     #[inline(always)]
     pub fn take(&mut self) -> Fed {
         let taken = self.next;
-        self.cursor = self.cursor.next(self.count);
-        self.request();
+        if self.count > 0 {
+            self.cursor = self.cursor.next(self.count);
+            self.request();
+        }
         taken
     }
 

@@ -4,7 +4,6 @@
 //! three bf16: its significand has 24 bits, and each part takes the next 8. One or two rows are kept
 //! as parts; more rows are kept as they are, and split when they are used.
 
-use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::INPUTS;
 
 use super::memory::{Quad, store_shared_pair, upper_halves};
@@ -32,21 +31,26 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// The layout of `rows` rows of `dim` values in an area of `bytes`; `format` is that of the
-    /// weights, none for rows that are not multiplied.
+    /// The layout of `rows` rows of `dim` values, up to `PART_ROWS_MAX`, as parts.
     #[inline(always)]
-    pub fn new(rows: u32, dim: u32, format: Option<WeightFormat>, bytes: u32) -> Layout {
+    pub fn parts(rows: u32, dim: u32) -> Layout {
         // Adjacent rows begin 64 bytes apart, modulo 128: a lane's loads of both share no bank.
-        let pitch = dim.next_multiple_of(64) + 32;
-        let is_split = format == Some(WeightFormat::Bf16) && rows <= PART_ROWS_MAX;
-        if is_split && PARTS * rows * pitch * 2 <= bytes {
-            Layout::Parts { rows, pitch }
-        } else if rows * dim.next_multiple_of(256) * 4 <= bytes {
-            Layout::Near
-        } else {
-            Layout::Far
-        }
+        Layout::Parts { rows, pitch: dim.next_multiple_of(64) + 32 }
     }
+
+    /// The layout of `rows` rows of `dim` values in an area of `bytes`, as they are.
+    #[inline(always)]
+    pub fn whole(rows: u32, dim: u32, bytes: u32) -> Layout {
+        if rows * dim.next_multiple_of(256) * 4 <= bytes { Layout::Near } else { Layout::Far }
+    }
+}
+
+/// Whether `rows` rows of `dim` values are kept as parts in an area of `bytes`, if they are
+/// multiplied with bf16 weights.
+#[inline(always)]
+pub fn is_narrow(rows: u32, dim: u32, bytes: u32) -> bool {
+    let pitch = dim.next_multiple_of(64) + 32;
+    rows <= PART_ROWS_MAX && PARTS * rows * pitch * 2 <= bytes
 }
 
 /// Where the value of `column` is in a near row of f32: of every 256 columns, the first halves of

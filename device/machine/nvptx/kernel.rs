@@ -1,13 +1,12 @@
 //! The kernel's entry.
 
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER, LOOP_WORDS};
 
 use super::barrier::sync_block;
-use super::block::Block;
+use super::block::{Block, Kind};
 use super::{loader, memory, sreg};
-use crate::worker::Worker;
+use crate::worker::{Progress, Worker};
 
 /// Runs a program until it is stopped: one block of `BLOCK_THREADS` threads for each worker, all
 /// resident at once.
@@ -27,15 +26,23 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
         unsafe { near.write(header) };
     }
     sync_block();
+    if thread_idx < COMPUTE_LANES { compute() } else { load() }
+}
+
+// Functions of their own, like the ops: neither keeps registers for the other.
+
+#[inline(never)]
+fn compute() {
+    super::compute::run();
+}
+
+#[inline(never)]
+fn load() {
+    let shared = memory::shared_base();
     let header = loader::header(shared);
-    let block = Block::new(thread_idx, shared, header, WeightFormat::Bf16, LOOP_WORDS);
-    // SAFETY: by this function's contract; blocks have different indices.
-    let worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
-    if thread_idx < COMPUTE_LANES {
-        loader::compute(&worker);
-    } else {
-        loader::load(&worker);
-    }
+    let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, LOOP_WORDS);
+    // SAFETY: by the contract of the kernel; blocks have different indices.
+    loader::load(&unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) });
 }
 
 /// A broken assertion ends the kernel; the driver reports it.

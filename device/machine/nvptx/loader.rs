@@ -15,26 +15,30 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, STOP_WORD,
     TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
-    TASK_WORD, WARP_LANES, page_rows, ring,
+    WARP_LANES, page_rows, ring,
 };
 
 use super::block::Block;
-use super::feed::{Fed, Feed};
-use super::memory::{generic, load_shared_word, store_shared_word};
+use super::feed::{Fed, Feed, NO_TASK};
+use super::inputs::is_narrow;
+use super::memory::{
+    generic, load_shared_word, load_shared_words, store_shared, store_shared_word,
+};
 use super::{barrier, copy, sreg, warp};
-use crate::machine::Machine;
-use crate::worker::{Claim, Worker};
+use crate::worker::Worker;
 
-/// Index of a task that does not exist: the queue is empty for good.
-const NO_TASK: u32 = u32::MAX;
 /// Copies under way at once in a block. More fill the queues of the memory system, in which events
 /// and activations then wait behind weights.
 #[cfg(tilert_sm90)]
 const COPY_COUNT_MAX: u32 = 1;
+/// Bytes of a cache line.
+const LINE_BYTES: u32 = 128;
 /// Tests of a barrier after which something is broken: seconds.
 const TEST_COUNT_MAX: u32 = 1 << 30;
 /// Bytes of the record in a task slot; the task's index, its step and its first page follow.
 pub const RECORD_BYTES: u32 = size_of::<Task>() as u32;
+/// Offset of the `Digest` in a task slot.
+const DIGEST: u32 = RECORD_BYTES + 16;
 
 /// A position in a ring: which slot, and the parity of its current phase.
 pub struct RingCursor {
@@ -60,8 +64,28 @@ impl RingCursor {
         RingCursor::new(full, empty, TASK_SLOT_COUNT)
     }
 
+    /// Goes to a slot in a phase.
     #[inline(always)]
-    fn advance(&self) {
+    pub fn go_to(&self, index: u32, parity: u32) {
+        self.index.set(index);
+        self.parity.set(parity);
+    }
+
+    /// The slot.
+    #[inline(always)]
+    pub fn index(&self) -> u32 {
+        self.index.get()
+    }
+
+    /// The parity of its phase.
+    #[inline(always)]
+    pub fn parity(&self) -> u32 {
+        self.parity.get()
+    }
+
+    /// Goes on to the next slot.
+    #[inline(always)]
+    pub fn advance(&self) {
         let next = self.index.get() + 1;
         if next == self.count {
             self.index.set(0);
@@ -107,13 +131,9 @@ impl RingCursor {
 
 #[inline(always)]
 fn wait(barrier: u32, parity: u32) {
-    let mut tests = 0;
     // SAFETY: an initialised barrier.
-    while !unsafe { barrier::test(barrier, parity) } {
-        tests += 1;
-        if tests == TEST_COUNT_MAX {
-            sreg::trap();
-        }
+    if !unsafe { barrier::wait(barrier, parity, TEST_COUNT_MAX) } {
+        sreg::trap();
     }
 }
 
@@ -157,8 +177,7 @@ impl PageCursor {
         let (index, parity) = unsafe {
             (load_shared_word(slot + RECORD_BYTES + 8), load_shared_word(slot + RECORD_BYTES + 12))
         };
-        self.ring.index.set(index);
-        self.ring.parity.set(parity);
+        self.ring.go_to(index, parity);
     }
 
     /// Waits until fewer than `COPY_COUNT_MAX` copies are under way; one more begins now.
@@ -183,6 +202,16 @@ impl PageCursor {
     #[inline(always)]
     pub fn wait_full(&self) {
         self.ring.wait_full();
+    }
+
+    /// Waits until the page after this one is full; its shared address.
+    #[inline(always)]
+    pub fn wait_next(&self) -> u32 {
+        let next = self.ring.index.get() + 1;
+        let is_wrapped = next == self.ring.count;
+        let index = if is_wrapped { 0 } else { next };
+        wait(self.ring.full + index * 8, self.ring.parity.get() ^ u32::from(is_wrapped));
+        self.first + index * PAGE_BYTES
     }
 
     /// Gives the page back and goes on to the next; called by all lanes of each computing warp.
@@ -229,8 +258,7 @@ pub fn load(worker: &Worker<Block>) {
     let tasks = RingCursor::tasks(block.shared);
     let mut feed = Feed::new(worker, lane);
     loop {
-        let nothing = Fed { task_idx: NO_TASK, epoch: 0, word: 0 };
-        let fed = feed.as_mut().map_or(nothing, Feed::take);
+        let fed = feed.take();
         if !take_empty(block, lane, &tasks) {
             break;
         }
@@ -238,6 +266,18 @@ pub fn load(worker: &Worker<Block>) {
         let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
         fill_slot(slot, lane, &fed, &block.pages);
         barrier::sync_warp();
+        // SAFETY: the record in the slot, which this warp alone writes.
+        let task = unsafe { &*(generic(slot) as *const Task) };
+        let is_linear = fed.task_idx != NO_TASK && task.opcode == Opcode::Linear as u16;
+        let args = LinearArgs::unpack(task);
+        let is_packed = is_linear && args.format == WeightFormat::Bf16;
+        if is_packed && lane == 0 {
+            let Digest { narrow_rows_max, groups, page_blocks, unit_bytes } =
+                Digest::new(&args, worker.header.input_bytes);
+            let words = [narrow_rows_max, groups, page_blocks, unit_bytes];
+            // SAFETY: words of the slot, which the computing warps do not look at yet.
+            unsafe { store_shared(slot + DIGEST, words.map(f32::from_bits)) };
+        }
         if lane == 0 {
             // SAFETY: an initialised barrier.
             unsafe { barrier::arrive(tasks.full()) };
@@ -246,20 +286,35 @@ pub fn load(worker: &Worker<Block>) {
         if fed.task_idx == NO_TASK {
             break;
         }
-        // SAFETY: the record in the slot, which this warp alone writes.
-        let task = unsafe { &*(generic(slot) as *const Task) };
-        if task.opcode != Opcode::Linear as u16 {
+        if !is_linear {
             continue;
         }
-        let goes_on = match packed(task) {
-            None => stream(block, lane, task),
-            Some(weights) => stream_packed(block, lane, weights),
+        request_norm(worker, lane, task);
+        let goes_on = if is_packed {
+            stream_packed(block, lane, packed(&args))
+        } else {
+            stream(block, lane, task)
         };
         if !goes_on {
             break;
         }
     }
     drain(block);
+}
+
+/// Asks for the weights of a task's norm, which every block of its stage needs at its very begin;
+/// blocks ask for different lines. Weights stream through the cache meanwhile, so it has lost them.
+#[inline(always)]
+fn request_norm(worker: &Worker<Block>, lane: u32, task: &Task) {
+    let args = LinearArgs::unpack(task);
+    if args.norm_weight != 0 {
+        let mut line = lane * worker.header.worker_count + worker.worker_idx;
+        while line * LINE_BYTES < args.in_dim * 4 {
+            // SAFETY: a line of the norm's weight, which the host has bound.
+            unsafe { copy::request(args.norm_weight + u64::from(line * LINE_BYTES)) };
+            line += WARP_LANES * worker.header.worker_count;
+        }
+    }
 }
 
 /// Waits for an empty slot; false if the block stops. All lanes of the warp; lane 0 has the edge to
@@ -280,6 +335,43 @@ fn wait_empty(block: &Block, ring: &RingCursor) -> bool {
         }
     }
     true
+}
+
+/// What the computing warps would work out of a task's record, each of them, in every task.
+#[derive(Clone, Copy, Default)]
+pub struct Digest {
+    /// Input rows that are kept as parts at most.
+    pub narrow_rows_max: u32,
+    /// Twice the groups of rows, and one if the last has 8 rows.
+    pub groups: u32,
+    /// Blocks of a page.
+    pub page_blocks: u32,
+    /// Bytes of a unit.
+    pub unit_bytes: u32,
+}
+
+impl Digest {
+    /// Of a task with packed weights.
+    #[inline(always)]
+    fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
+        let packing = Packing::new(args.row_count(), args.in_dim);
+        let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
+        Digest {
+            narrow_rows_max: fits(1) + fits(2),
+            groups: packing.group_count() * 2 + u32::from(packing.ends_in_half()),
+            page_blocks: packing.page_blocks(),
+            unit_bytes: packing.unit_bytes(),
+        }
+    }
+
+    /// That of the task in a full slot.
+    #[inline(always)]
+    pub fn read(slot: u32) -> Digest {
+        // SAFETY: words of a full slot, which the loading warp does not touch.
+        let words = unsafe { load_shared_words(slot + DIGEST) };
+        let [narrow_rows_max, groups, page_blocks, unit_bytes] = words;
+        Digest { narrow_rows_max, groups, page_blocks, unit_bytes }
+    }
 }
 
 /// Leaves a task's record, a word by each lane, and says which task it is.
@@ -337,16 +429,12 @@ struct Weights {
     page_bytes: u32,
 }
 
-/// The packed weights of a task that has such.
+/// The packed weights of a task.
 #[inline(always)]
-fn packed(task: &Task) -> Option<Weights> {
-    let args = LinearArgs::unpack(task);
-    if task.opcode != Opcode::Linear as u16 || args.format != WeightFormat::Bf16 {
-        return None;
-    }
+fn packed(args: &LinearArgs) -> Weights {
     let packing = Packing::new(args.row_count(), args.in_dim);
     let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes());
-    Some(Weights { from: args.segments[0].weights, bytes, page_bytes })
+    Weights { from: args.segments[0].weights, bytes, page_bytes }
 }
 
 /// Fills pages with a task's packed weights; false if the block stops.
@@ -455,47 +543,5 @@ fn drain(block: &Block) {
             let parity = if is_this_lap { ring.parity.get() } else { ring.parity.get() ^ 1 };
             wait(ring.full + page * 8, parity);
         }
-    }
-}
-
-/// The computing warps' loop: runs what the loading warp has staged.
-#[inline(always)]
-pub fn compute(worker: &Worker<Block>) {
-    let block = worker.machine;
-    let tasks = RingCursor::tasks(block.shared);
-    if worker.begin().is_ok() {
-        loop {
-            tasks.wait_full();
-            let slot = block.shared + TASK_SLOTS + tasks.index.get() * TASK_SLOT_BYTES;
-            // SAFETY: words of the slot, which is full: the loading warp does not touch it.
-            let (task_idx, epoch) = unsafe {
-                (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
-            };
-            if task_idx == NO_TASK {
-                break;
-            }
-            // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
-            let task = unsafe { &*(generic(slot) as *const Task) };
-            block.slot.set(slot);
-            if block.lane_idx() == 0 {
-                // For whoever looks at a block that has stopped.
-                // SAFETY: a word of the block's memory.
-                unsafe { store_shared_word(block.shared + TASK_WORD, task_idx) };
-            }
-            let now_ns = worker.trace_ns();
-            if worker.compute(&Claim::new(task, task_idx, epoch), now_ns, now_ns).is_err() {
-                break;
-            }
-            // `compute` has ended with a barrier: no lane looks at the record any more.
-            if block.lane_idx() == 0 {
-                // SAFETY: an initialised barrier.
-                unsafe { barrier::arrive(tasks.empty()) };
-            }
-            tasks.advance();
-        }
-    }
-    if block.lane_idx() == 0 {
-        // SAFETY: a word of the block's memory.
-        unsafe { store_shared_word(block.shared + STOP_WORD, 1) };
     }
 }

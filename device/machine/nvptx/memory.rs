@@ -11,10 +11,10 @@ pub type Quad = [f32; 4];
 #[inline(always)]
 pub fn shared_base() -> u32 {
     let base: u32;
+    // Not pure: taking the address again is cheaper than keeping it over a call.
     // SAFETY: takes the address of the symbol above.
     unsafe {
-        asm!("mov.u32 {b}, tilert_mk_shared;", b = out(reg32) base,
-             options(pure, nomem, nostack));
+        asm!("mov.u32 {b}, tilert_mk_shared;", b = out(reg32) base, options(nomem, nostack));
     }
     base
 }
@@ -183,6 +183,21 @@ pub unsafe fn load_global_f32(address: u64) -> f32 {
     unsafe {
         asm!("ld.global.f32 {v}, [{p}];", v = out(reg32) value, p = in(reg64) address,
              options(readonly, nostack));
+    }
+    value
+}
+
+/// One value of global memory that will be needed later: the load stays where it is.
+///
+/// # Safety
+/// As for `load_global_f32`.
+#[inline(always)]
+pub unsafe fn load_global_early(address: u64) -> f32 {
+    let value: f32;
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("ld.global.f32 {v}, [{p}];", v = out(reg32) value, p = in(reg64) address,
+             options(nostack));
     }
     value
 }

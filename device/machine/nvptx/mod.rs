@@ -6,6 +6,7 @@
 pub mod attend;
 pub mod barrier;
 pub mod block;
+pub mod compute;
 pub mod copy;
 pub mod counter;
 pub mod feed;
@@ -18,6 +19,35 @@ pub mod ops;
 pub mod sreg;
 pub mod tensor;
 pub mod warp;
+
+use core::arch::asm;
+
+/// `a / b` within 2 units in the last place, for `b` between `2^-126` and `2^126`.
+/// PTX: `div.full.ftz.f32`.
+#[inline(always)]
+pub fn divide(a: f32, b: f32) -> f32 {
+    let value: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("div.full.ftz.f32 {v}, {a}, {b};", v = out(reg32) value, a = in(reg32) a,
+             b = in(reg32) b, options(pure, nomem, nostack));
+    }
+    value
+}
+
+/// `1 / sqrt(x)` of a normal `x`: the chip's approximation, corrected once.
+/// PTX: `rsqrt.approx.ftz.f32`.
+#[inline(always)]
+pub fn rsqrt(x: f32) -> f32 {
+    let root: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("rsqrt.approx.ftz.f32 {r}, {x};", r = out(reg32) root, x = in(reg32) x,
+             options(pure, nomem, nostack));
+    }
+    let rest = fma(-x * root, root, 1.0);
+    fma(root * 0.5, rest, root)
+}
 
 /// `a * b + c`, rounded once.
 #[inline(always)]

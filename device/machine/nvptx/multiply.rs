@@ -27,7 +27,7 @@ const F16: u16 = WeightFormat::F16 as u16;
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
     let count = count as u32;
-    match block.format {
+    match block.kind.format {
         WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
         WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
         WeightFormat::Bf16 => tensor::multiply(block, task, x, count),
@@ -38,7 +38,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
 /// The product at `index` of `[rows, tokens]`: the warps' partial sums, in their order.
 #[inline(always)]
 pub fn product(block: &Block, index: u32) -> f32 {
-    let warps = if block.format == WeightFormat::F16 { 4 } else { COMPUTE_WARPS };
+    let warps = if block.kind.format == WeightFormat::F16 { 4 } else { COMPUTE_WARPS };
     let first = block.shared + PARTIALS + index * warps * 4;
     // SAFETY: partial sums that the warps have left before the last barrier.
     let [a, b, c, d] = unsafe { load_shared(first) };
@@ -55,10 +55,10 @@ pub fn product(block: &Block, index: u32) -> f32 {
 #[inline(always)]
 pub fn discard(block: &Block, task: &Task) {
     let args = LinearArgs::unpack(task);
-    let page_count = if block.format == WeightFormat::Bf16 {
+    let page_count = if block.kind.format == WeightFormat::Bf16 {
         Packing::new(args.row_count(), args.in_dim).page_count()
     } else {
-        let pages = |rows: u32| rows.div_ceil(page_rows(block.format));
+        let pages = |rows: u32| rows.div_ceil(page_rows(block.kind.format));
         let groups = (0..task.segment_count()).map(|idx| pages(task.segment(idx).row_count));
         args.in_dim.div_ceil(CHUNK_COLUMNS) * groups.sum::<u32>()
     };

@@ -4,76 +4,92 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
-use core::cell::Cell;
-
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows, WeightFormat};
 use tilert_mk_shared::tile::OP_WORDS;
 
-use super::block::Block;
-use super::loader::{RECORD_BYTES, header};
+use super::block::{Block, Kind};
+use super::compute::Kept;
+use super::loader::{Digest, RECORD_BYTES, header};
 use super::memory::{generic, load_shared_word, shared_base};
 use super::sreg;
-use crate::worker::{Claim, Stopped, Worker};
+use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Runs the op of the task in the block's slot.
 #[inline(always)]
 pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
-    let kept = worker.prologue.get();
-    let kept = match opcode {
-        Opcode::Empty => kept,
-        Opcode::Admit if admit(slot) => kept,
-        Opcode::Admit => return Err(Stopped),
-        Opcode::Embed => embed(slot, kept),
+    match opcode {
+        Opcode::Empty => {}
+        Opcode::Admit => {
+            admit(slot);
+            if Kept::of_warp().has_stopped() {
+                return Err(Stopped);
+            }
+        }
+        Opcode::Embed => embed(slot),
         Opcode::Linear => match LinearArgs::unpack(claim.task).format {
-            WeightFormat::F32 => linear_f32(slot, kept),
-            WeightFormat::F16 => linear_f16(slot, kept),
-            WeightFormat::Bf16 => linear_bf16(slot, kept),
+            WeightFormat::F32 => linear_f32(slot),
+            WeightFormat::F16 => linear_f16(slot),
+            WeightFormat::Bf16 if has_few_rows(worker, claim.task, slot) => linear_bf16(slot),
+            WeightFormat::Bf16 => linear_bf16_wide(slot),
         },
-        Opcode::Attention => attention(slot, kept),
-        Opcode::Sample => sample(slot, kept),
-    };
-    worker.prologue.set(kept);
+        Opcode::Attention => attention(slot),
+        Opcode::Sample => sample(slot),
+    }
     Ok(())
 }
 
-/// Runs an op on a worker made from the slot; what the input rows hold goes in and comes out.
+/// Whether the input rows of the linear task in `slot` are kept as parts.
 #[inline(always)]
-fn with_worker(slot: u32, kept: u64, opcode: Opcode, format: WeightFormat) -> (bool, u64) {
+fn has_few_rows(worker: &Worker<Block>, task: &Task, slot: u32) -> bool {
+    let step_view = crate::ops::step(worker);
+    let step = step_view.get(0);
+    let rows = match LinearArgs::unpack(task).token_rows {
+        TokenRows::All => step.token_count,
+        TokenRows::Logits => step.logit_count,
+    };
+    rows <= Digest::read(slot).narrow_rows_max
+}
+
+/// Runs an op on a worker made from the slot. What it leaves behind goes to shared memory: results
+/// of functions would go to local memory.
+#[inline(always)]
+fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let shared = shared_base();
     let header = header(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header, format, OP_WORDS);
+    let block = Block::new(sreg::thread_idx(), shared, header, kind, OP_WORDS);
     block.pages.go_to(slot);
+    block.slot.set(slot);
     // SAFETY: words of the slot, which is full while the op runs.
     let (task_idx, epoch) = unsafe {
         (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
     };
     // SAFETY: the record in the slot, likewise.
     let task = unsafe { &*(generic(slot) as *const Task) };
+    let kept = Kept::of_warp();
     // SAFETY: the header is that of the kernel, by the contract of its entry.
-    let mut worker = unsafe { Worker::new(header, sreg::block_idx(), &block) };
-    worker.prologue = Cell::new(kept);
+    let worker = unsafe {
+        let progress = Progress { prologue: kept.prologue(), ..Progress::NONE };
+        Worker::new(header, sreg::block_idx(), &block, progress)
+    };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    (result.is_ok(), worker.prologue.get())
-}
-
-#[inline(never)]
-fn admit(slot: u32) -> bool {
-    with_worker(slot, 0, Opcode::Admit, WeightFormat::F32).0
+    kept.save(&block, worker.prologue.get(), result.is_err());
 }
 
 macro_rules! op {
-    ($name:ident, $opcode:ident, $format:ident) => {
+    ($name:ident, $opcode:ident, $kind:expr) => {
         #[inline(never)]
-        fn $name(slot: u32, kept: u64) -> u64 {
-            with_worker(slot, kept, Opcode::$opcode, WeightFormat::$format).1
+        fn $name(slot: u32) {
+            with_worker(slot, Opcode::$opcode, $kind);
         }
     };
 }
 
-op!(embed, Embed, F32);
-op!(linear_f32, Linear, F32);
-op!(linear_f16, Linear, F16);
-op!(linear_bf16, Linear, Bf16);
-op!(attention, Attention, F32);
-op!(sample, Sample, F32);
+op!(admit, Admit, Kind::NONE);
+op!(embed, Embed, Kind::NONE);
+op!(linear_f32, Linear, Kind { format: WeightFormat::F32, is_narrow: false });
+op!(linear_f16, Linear, Kind { format: WeightFormat::F16, is_narrow: false });
+op!(linear_bf16, Linear, Kind { format: WeightFormat::Bf16, is_narrow: true });
+op!(linear_bf16_wide, Linear, Kind { format: WeightFormat::Bf16, is_narrow: false });
+op!(attention, Attention, Kind::NONE);
+op!(sample, Sample, Kind::NONE);

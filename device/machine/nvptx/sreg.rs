@@ -8,12 +8,13 @@ macro_rules! register {
         #[inline(always)]
         pub fn $name() -> u32 {
             let value: u32;
+            // Not pure: reading it again is cheaper than keeping it over a call.
             // SAFETY: reads a register that does not change while the thread runs.
             unsafe {
                 asm!(
                     concat!("mov.u32 {v}, %", $register, ";"),
                     v = out(reg32) value,
-                    options(pure, nomem, nostack, preserves_flags)
+                    options(nomem, nostack, preserves_flags)
                 );
             }
             value

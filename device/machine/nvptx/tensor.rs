@@ -13,13 +13,14 @@
 use core::arch::asm;
 
 use tilert_mk_shared::packed::{
-    BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, LANE_COLUMNS, Packing, UNIT_COLUMNS,
+    BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, LANE_COLUMNS, UNIT_COLUMNS,
 };
 use tilert_mk_shared::task::{LinearArgs, Task};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES};
 
 use super::block::Block;
 use super::inputs::{Layout, PARTS, split_pair, swizzled};
+use super::loader::Digest;
 use super::memory::{
     load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
 };
@@ -41,6 +42,16 @@ fn mma(c: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
     }
 }
 
+/// What of a task's packing the product needs.
+struct Shape {
+    /// Columns.
+    in_dim: u32,
+    /// Blocks of a page.
+    page_blocks: u32,
+    /// Bytes of a block.
+    block_bytes: u32,
+}
+
 /// What one lane multiplies in every block.
 struct Lane {
     /// First of the lane's columns in a block.
@@ -59,7 +70,12 @@ struct Lane {
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
     let args = LinearArgs::unpack(task);
-    let packing = Packing::new(args.row_count(), args.in_dim);
+    let digest = Digest::read(block.slot.get());
+    let shape = Shape {
+        in_dim: args.in_dim,
+        page_blocks: digest.page_blocks,
+        block_bytes: digest.unit_bytes * COMPUTE_WARPS,
+    };
     let (group, t) = (block.warp_lane() / 4, block.warp_lane() % 4);
     let warp_column = block.warp_idx() * UNIT_COLUMNS;
     let column = warp_column + t * LANE_COLUMNS;
@@ -75,27 +91,41 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
         Layout::Near => near + u64::from((token * x.stride as u32 + swizzled(column)) * 4),
         Layout::Far => x.values.address() + u64::from(token * x.stride as u32 + column) * 4,
     };
-    let whole = block.warp_idx() * packing.unit_bytes() + block.warp_lane() * LANE_BYTES;
+    let whole = block.warp_idx() * digest.unit_bytes + block.warp_lane() * LANE_BYTES;
     let half = whole - block.warp_lane() * LANE_BYTES / 2;
     let lane = Lane { column, warp_column, whole, half, layout, input };
-    let is_narrow = matches!(layout, Layout::Parts { .. });
-    let left = [args.row_count(), count];
-    match (packing.group_count(), is_narrow) {
-        (1, true) => narrow::<1>(block, &lane, &packing, left),
-        (2, true) => narrow::<2>(block, &lane, &packing, left),
-        (3, true) => narrow::<3>(block, &lane, &packing, left),
-        (_, true) => narrow::<4>(block, &lane, &packing, left),
-        (1, false) => wide::<1>(block, &lane, &packing, left),
-        (2, false) => wide::<2>(block, &lane, &packing, left),
-        (3, false) => wide::<3>(block, &lane, &packing, left),
-        (_, false) => wide::<4>(block, &lane, &packing, left),
+    let rows = [args.row_count(), count];
+    macro_rules! by_groups {
+        ($of:ident) => {
+            match (digest.groups / 2, digest.groups % 2 != 0) {
+                (1, false) => $of::<1, false>(block, &lane, &shape, rows),
+                (1, true) => $of::<1, true>(block, &lane, &shape, rows),
+                (2, false) => $of::<2, false>(block, &lane, &shape, rows),
+                (2, true) => $of::<2, true>(block, &lane, &shape, rows),
+                (3, false) => $of::<3, false>(block, &lane, &shape, rows),
+                (3, true) => $of::<3, true>(block, &lane, &shape, rows),
+                (_, false) => $of::<4, false>(block, &lane, &shape, rows),
+                (_, true) => $of::<4, true>(block, &lane, &shape, rows),
+            }
+        };
+    }
+    if block.kind.is_narrow {
+        by_groups!(narrow);
+    } else {
+        by_groups!(wide);
     }
 }
 
-/// One or two tokens: a tile's columns are both tokens' parts.
+/// One or two tokens: a tile's columns are both tokens' parts. `G` groups of rows, the last of which
+/// has 8 rows if `HALF`.
 #[inline(always)]
-fn narrow<const G: usize>(block: &Block, lane: &Lane, packing: &Packing, rows: [u32; 2]) {
-    let sums = product::<G, 1>(block, lane, packing);
+fn narrow<const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+    rows: [u32; 2],
+) {
+    let sums = product_ahead::<G, HALF>(block, lane, shape);
     for (idx, [sums]) in (0u32..).zip(&sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
@@ -103,50 +133,170 @@ fn narrow<const G: usize>(block: &Block, lane: &Lane, packing: &Packing, rows: [
 
 /// More tokens: a tile for each part.
 #[inline(always)]
-fn wide<const G: usize>(block: &Block, lane: &Lane, packing: &Packing, rows: [u32; 2]) {
-    let sums = product::<G, 3>(block, lane, packing);
+fn wide<const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+    rows: [u32; 2],
+) {
+    let sums = product::<G, HALF>(block, lane, shape);
     for (idx, [large, middle, small]) in (0u32..).zip(&sums) {
         let sum = |idx: usize| small[idx] + middle[idx] + large[idx];
         leave(block, [sum(0), sum(1), sum(2), sum(3)], idx * GROUP_ROWS, rows);
     }
 }
 
-/// Products of `G` groups of rows over all blocks, with `TILES` tiles of accumulators each.
+/// What a lane multiplies of one block: the inputs of each tile, the weights of each group.
+type Operands<const G: usize, const TILES: usize> = ([[u32; 4]; TILES], [[[u32; 4]; 2]; G]);
+/// Sums of each group and tile.
+type Sums<const G: usize, const TILES: usize> = [[[f32; 4]; TILES]; G];
+
+/// Where the next block to load is.
+struct Next {
+    /// Its first column.
+    first: u32,
+    /// Its shared address.
+    address: u32,
+    /// Blocks left in its page, with it.
+    left: u32,
+}
+
+impl Next {
+    /// The first block, once its page is full.
+    #[inline(always)]
+    fn new(block: &Block, shape: &Shape) -> Next {
+        block.pages.wait_full();
+        Next { first: 0, address: block.pages.address(), left: shape.page_blocks }
+    }
+
+    /// Goes on to the next block, once its page is full. Whether the block before was the last of
+    /// its page.
+    #[inline(always)]
+    fn advance(&mut self, block: &Block, shape: &Shape) -> bool {
+        self.first += BLOCK_COLUMNS;
+        self.address += shape.block_bytes;
+        self.left -= 1;
+        if self.left > 0 && self.first < shape.in_dim {
+            return false;
+        }
+        if self.first < shape.in_dim {
+            (self.address, self.left) = (block.pages.wait_next(), shape.page_blocks);
+        }
+        true
+    }
+}
+
+/// Products of `G` groups of rows over all blocks, with a tile for each part.
 #[inline(always)]
-fn product<const G: usize, const TILES: usize>(
+fn product<const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
-    packing: &Packing,
-) -> [[[f32; 4]; TILES]; G] {
-    let mut sums = [[[0.0f32; 4]; TILES]; G];
-    let (block_bytes, page_blocks) = (packing.unit_bytes() * COMPUTE_WARPS, packing.page_blocks());
-    let (mut first, mut address, mut blocks_left) = (0, 0, 0);
-    while first < packing.in_dim {
-        if blocks_left == 0 {
-            block.pages.wait_full();
-            (address, blocks_left) = (block.pages.address(), page_blocks);
-        }
-        if first + lane.warp_column < packing.in_dim {
-            let is_inside = first + lane.column < packing.in_dim;
-            let inputs =
-                if is_inside { take_inputs::<TILES>(lane, first) } else { [[0; 4]; TILES] };
-            for (idx, sums) in (0u32..).zip(&mut sums) {
-                let is_half = idx as usize + 1 == G && packing.ends_in_half();
-                let [even, odd] = take_weights(lane, address + idx * 2 * FRAGMENT_BYTES, is_half);
-                for (sums, b) in sums.iter_mut().zip(&inputs) {
-                    mma(sums, even, [b[0], b[1]]);
-                    mma(sums, odd, [b[2], b[3]]);
-                }
-            }
-        }
-        first += BLOCK_COLUMNS;
-        address += block_bytes;
-        blocks_left -= 1;
-        if blocks_left == 0 || first >= packing.in_dim {
+    shape: &Shape,
+) -> Sums<G, 3> {
+    let mut sums = [[[0.0; 4]; 3]; G];
+    let mut next = Next::new(block, shape);
+    while next.first < shape.in_dim {
+        add_last::<G, 3, HALF>(&mut sums, lane, shape, &next);
+        if next.advance(block, shape) {
             block.pages.release(block.warp_lane());
         }
     }
     sums
+}
+
+/// The same with one tile. A block's operands are loaded while the one before is multiplied, into
+/// registers that take turns; with more tiles they would not fit.
+#[inline(always)]
+fn product_ahead<const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+) -> Sums<G, 1> {
+    let mut sums = [[[0.0; 4]; 1]; G];
+    let mut next = Next::new(block, shape);
+    let mut left = shape.in_dim / BLOCK_COLUMNS;
+    if left > 0 {
+        let mut operands = take_operands::<G, 1, HALF>(lane, &next);
+        loop {
+            left -= 1;
+            let is_page_end = next.advance(block, shape);
+            let mut others = operands;
+            if left > 0 {
+                others = take_operands::<G, 1, HALF>(lane, &next);
+            }
+            add_products(&mut sums, &operands);
+            if is_page_end {
+                block.pages.release(block.warp_lane());
+            }
+            if left == 0 {
+                break;
+            }
+            left -= 1;
+            let is_page_end = next.advance(block, shape);
+            if left > 0 {
+                operands = take_operands::<G, 1, HALF>(lane, &next);
+            }
+            add_products(&mut sums, &others);
+            if is_page_end {
+                block.pages.release(block.warp_lane());
+            }
+            if left == 0 {
+                break;
+            }
+        }
+    }
+    if next.first < shape.in_dim {
+        add_last::<G, 1, HALF>(&mut sums, lane, shape, &next);
+        block.pages.release(block.warp_lane());
+    }
+    sums
+}
+
+/// The lane's operands of a whole block.
+#[inline(always)]
+fn take_operands<const G: usize, const TILES: usize, const HALF: bool>(
+    lane: &Lane,
+    next: &Next,
+) -> Operands<G, TILES> {
+    (take_inputs(lane, next.first), take_groups::<G, HALF>(lane, next))
+}
+
+#[inline(always)]
+fn take_groups<const G: usize, const HALF: bool>(lane: &Lane, next: &Next) -> [[[u32; 4]; 2]; G] {
+    core::array::from_fn(|idx| {
+        let address = next.address + idx as u32 * 2 * FRAGMENT_BYTES;
+        take_weights(lane, address, HALF && idx + 1 == G)
+    })
+}
+
+/// Multiplies a block that may be the last, which has fewer columns.
+#[inline(always)]
+fn add_last<const G: usize, const TILES: usize, const HALF: bool>(
+    sums: &mut Sums<G, TILES>,
+    lane: &Lane,
+    shape: &Shape,
+    next: &Next,
+) {
+    if next.first + lane.warp_column < shape.in_dim {
+        let is_inside = next.first + lane.column < shape.in_dim;
+        let inputs = if is_inside { take_inputs(lane, next.first) } else { [[0; 4]; TILES] };
+        add_products(sums, &(inputs, take_groups::<G, HALF>(lane, next)));
+    }
+}
+
+#[inline(always)]
+fn add_products<const G: usize, const TILES: usize>(
+    sums: &mut Sums<G, TILES>,
+    (inputs, weights): &Operands<G, TILES>,
+) {
+    // Neighbours in this order do not depend on each other.
+    for half in 0..2 {
+        for (sums, weights) in sums.iter_mut().zip(weights) {
+            for (sums, b) in sums.iter_mut().zip(inputs) {
+                mma(sums, weights[half], [b[2 * half], b[2 * half + 1]]);
+            }
+        }
+    }
 }
 
 /// The lane's part of a group's two fragments, in a unit of the block that begins at `address` less

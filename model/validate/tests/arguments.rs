@@ -78,7 +78,14 @@ fn attention_heads_are_appended_once() {
     refused!(edit(name, &|a| a.layer_idx = 3), E::Task { defect: Defect::Bound { .. }, .. });
     refused!(
         edit(name, &|a| a.layer_idx = 2),
-        E::KvHead { layer_idx: 1, kv_head_idx: 1, count: 0 }
+        E::KvHead { layer_idx: 1, kv_head_idx: 1, split_idx: 0, count: 0 }
+    );
+    refused!(edit(name, &|a| a.part_count = 17), E::Task { defect: Defect::Bound { .. }, .. });
+    refused!(edit(name, &|a| a.part_idx = 1), E::Task { defect: Defect::Bound { .. }, .. });
+    // Half of the splits, and nobody has the others.
+    refused!(
+        edit(name, &|a| a.part_count = 2),
+        E::KvHead { layer_idx: 1, kv_head_idx: 1, split_idx: 1, count: 0 }
     );
     refused!(edit(name, &|a| a.qkv += 4), E::Task { defect: Defect::Offset { .. }, .. });
     refused!(edit(name, &|a| a.splits = a.qkv), E::Task { defect: Defect::Offset { .. }, .. });

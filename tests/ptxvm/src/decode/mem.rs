@@ -41,10 +41,10 @@ pub(super) fn decode(ins: &mut Ins) -> Res<Option<Op>> {
         "atom" | "red" => atomic(ins)?,
         "prefetch" | "prefetchu" => {
             ins.space();
-            if ins.take_of(&["L1", "L2"]).is_none() {
+            let levels = ["L1", "L2", "L2::evict_last", "L2::evict_normal"];
+            if ins.take_of(&levels).is_none() {
                 return ins.err("prefetch needs .L1 or .L2");
             }
-            ins.take_of(&["L2::evict_last", "L2::evict_normal"]);
             ins.addr(0)?;
             Op::Nop
         }

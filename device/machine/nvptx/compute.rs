@@ -1,0 +1,190 @@
+//! The computing warps' loop: runs what the loading warp has staged.
+//!
+//! Ops are calls, over which a warp may keep few registers; the rest would go to local memory, which
+//! every acquire makes cold. So what a worker knows from one task to the next lives in shared memory,
+//! a copy for each warp, and is read again in every turn.
+
+use tilert_mk_shared::event::EventId;
+use tilert_mk_shared::task::Task;
+use tilert_mk_shared::tile::{
+    LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_SLOT_BYTES,
+    TASK_SLOTS, TASK_WORD, WARP_LANES,
+};
+
+use super::block::{Block, Kind};
+use super::feed::NO_TASK;
+use super::loader::{RECORD_BYTES, RingCursor, header};
+use super::memory::{
+    generic, load_shared_pair, load_shared_word, load_shared_words, shared_base, store_shared,
+    store_shared_pair, store_shared_word,
+};
+use super::{barrier, sreg};
+use crate::worker::{Claim, Progress, Worker};
+
+/// Runs tasks until the block stops.
+#[inline(always)]
+pub fn run() {
+    let shared = shared_base();
+    let block = Block::new(sreg::thread_idx(), shared, header(shared), Kind::NONE, LOOP_WORDS);
+    // SAFETY: by the contract of the kernel; blocks have different indices.
+    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, Progress::NONE) };
+    if worker.begin().is_ok() {
+        Kept::of_warp().save(&block, 0, false);
+        save(&worker, &RingCursor::tasks(shared), 0);
+        while turn() {}
+    }
+    if sreg::thread_idx() == 0 {
+        // SAFETY: a word of the block's memory.
+        unsafe { store_shared_word(shared_base() + STOP_WORD, 1) };
+    }
+}
+
+/// Runs the next task; false if the block stops.
+#[inline(always)]
+fn turn() -> bool {
+    let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
+    let place = place(shared, thread_idx);
+    barrier::sync_warp();
+    // SAFETY: this warp's words, which its first lane has left before the barrier above.
+    let [position, kept_epoch, complete, trace_count] = unsafe { load_shared_words(place) };
+    let complete = EventId(complete);
+    let progress = Progress { kept_epoch, complete, trace_count, ..Progress::NONE };
+    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    block.lead_word.set(position >> 16);
+    let tasks = RingCursor::tasks(shared);
+    tasks.go_to(position & 0xff, position >> 8 & 1);
+    // SAFETY: as in `run`.
+    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, progress) };
+
+    tasks.wait_full();
+    let slot = shared + TASK_SLOTS + tasks.index() * TASK_SLOT_BYTES;
+    // SAFETY: words of the slot, which is full: the loading warp does not touch it.
+    let (task_idx, epoch) = unsafe {
+        (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
+    };
+    if task_idx == NO_TASK {
+        return false;
+    }
+    // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
+    let task = unsafe { &*(generic(slot) as *const Task) };
+    block.slot.set(slot);
+    if thread_idx == 0 {
+        // For whoever looks at a block that has stopped.
+        // SAFETY: a word of the block's memory.
+        unsafe { store_shared_word(shared + TASK_WORD, task_idx) };
+    }
+    let now_ns = worker.trace_ns();
+    let claim = Claim::new(task, task_idx, epoch);
+    if worker.wait(&claim).is_err() {
+        return false;
+    }
+    worker.start(&claim, now_ns, now_ns);
+    tasks.advance();
+    save(&worker, &tasks, slot);
+    if worker.run_op(&claim).is_err() {
+        return false;
+    }
+    finish();
+    true
+}
+
+/// Ends the turn after its op, with nothing but what shared memory has kept.
+#[inline(always)]
+fn finish() {
+    let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
+    let place = place(shared, thread_idx);
+    // SAFETY: words of this warp, which `save` has left.
+    let (trace_count, slot) =
+        unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
+    let progress = Progress { trace_count, ..Progress::NONE };
+    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    // SAFETY: as in `run`.
+    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, progress) };
+    // SAFETY: the record in the slot, which is full.
+    let task = unsafe { &*(generic(slot) as *const Task) };
+    worker.finish(&Claim::new(task, 0, 0));
+    // `finish` has had a barrier: no lane looks at the record any more but this one.
+    if thread_idx == 0 {
+        let index = (slot - shared - TASK_SLOTS) / TASK_SLOT_BYTES;
+        // SAFETY: an initialised barrier.
+        unsafe { barrier::arrive(shared + TASK_EMPTY_BARRIERS + index * 8) };
+    }
+}
+
+/// Offsets of a warp's words: the position in the ring of tasks with the leader's next word, the
+/// step, the complete event, then the number of traced tasks; those of `Kept`; the slot.
+const TRACE_COUNT: u32 = 12;
+/// See `TRACE_COUNT`.
+const KEPT: u32 = 16;
+/// See `TRACE_COUNT`.
+const SLOT: u32 = 28;
+
+/// Where this warp's words are.
+#[inline(always)]
+fn place(shared: u32, thread_idx: u32) -> u32 {
+    shared + PROGRESS + thread_idx / WARP_LANES * PROGRESS_BYTES
+}
+
+/// Leaves what the turn's end and the next turn need. Every lane of the warp has read the last
+/// turn's.
+#[inline(always)]
+fn save(worker: &Worker<Block>, tasks: &RingCursor, slot: u32) {
+    let (block, progress) = (worker.machine, worker.progress());
+    barrier::sync_warp();
+    if block.warp_lane() == 0 {
+        let place = place(block.shared, block.thread_idx);
+        let position = tasks.index() | tasks.parity() << 8 | block.lead_word.get() << 16;
+        let words = [position, progress.kept_epoch, progress.complete.0, progress.trace_count];
+        // SAFETY: this warp's words.
+        unsafe {
+            store_shared(place, words.map(f32::from_bits));
+            store_shared_word(place + SLOT, slot);
+        }
+    }
+    barrier::sync_warp();
+}
+
+/// What an op leaves behind for a warp's next one: the prologue whose result the input rows hold, and
+/// whether the block stops.
+pub struct Kept {
+    place: u32,
+}
+
+impl Kept {
+    /// Of this warp.
+    #[inline(always)]
+    pub fn of_warp() -> Kept {
+        Kept { place: place(shared_base(), sreg::thread_idx()) + KEPT }
+    }
+
+    /// See `Progress::prologue`.
+    #[inline(always)]
+    pub fn prologue(&self) -> u64 {
+        // SAFETY: this warp's words; the last op's `save` was before a barrier of the warp.
+        let [low, high] = unsafe { load_shared_pair(self.place) };
+        u64::from(high) << 32 | u64::from(low)
+    }
+
+    /// Whether the op has ended because the block stops. After `save`.
+    #[inline(always)]
+    pub fn has_stopped(&self) -> bool {
+        barrier::sync_warp();
+        // SAFETY: this warp's word.
+        unsafe { load_shared_word(self.place + 8) != 0 }
+    }
+
+    /// Leaves both. Called by all lanes.
+    #[inline(always)]
+    pub fn save(&self, block: &Block, prologue: u64, has_stopped: bool) {
+        barrier::sync_warp();
+        if block.warp_lane() == 0 {
+            // SAFETY: this warp's words, which all its lanes have read.
+            unsafe {
+                store_shared_pair(self.place, [prologue as u32, (prologue >> 32) as u32]);
+                store_shared_word(self.place + 8, has_stopped.into());
+            }
+        }
+    }
+}
+
+const _: () = assert!(SLOT + 4 <= PROGRESS_BYTES && PROGRESS.is_multiple_of(16));
