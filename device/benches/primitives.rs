@@ -94,7 +94,8 @@ fn rms_norm(criterion: &mut Criterion) {
 fn attend(criterion: &mut Criterion) {
     let machine = machine();
     let mut group = criterion.benchmark_group("attend");
-    for positions in [64, 512] {
+    // A split attends to one block of each 1024 positions.
+    for positions in [64, 4096] {
         let [mut keys, mut cached] = [0; 2].map(|_| values(positions * HEAD_DIM));
         let (mut queries, mut out) = (values(QUERY_COUNT * HEAD_DIM), values(QUERY_COUNT * 144));
         let split = Split {
@@ -102,6 +103,8 @@ fn attend(criterion: &mut Criterion) {
             query_count: QUERY_COUNT,
             keys: span(&mut keys).sub(0, positions * HEAD_DIM),
             values: span(&mut cached).sub(0, positions * HEAD_DIM),
+            split: 0,
+            position: positions as u32 - 1,
             scale: 0.1,
             out: Rows { values: span(&mut out), stride: 144 },
             head_dim: HEAD_DIM,

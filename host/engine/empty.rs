@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
-use tilert_mk_device::worker::Worker;
+use tilert_mk_device::worker::{Progress, Worker};
 use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{EmptyShape, lower_empty};
 use tilert_mk_model::weights::Dtype;
@@ -93,7 +93,7 @@ impl Engine {
         let machine = Thread { isa: Isa::detect(), idling: Idling::Yield, clock: self.clock };
         // SAFETY: all workers have been joined, so this is the only one; the engine keeps the memory
         // that the header and its tasks name, and no task is run.
-        let worker = unsafe { Worker::new(&self.header, 0, &machine) };
+        let worker = unsafe { Worker::new(&self.header, 0, &machine, Progress::NONE) };
         loop {
             let begin = Instant::now();
             for _ in 0..batch {

@@ -196,7 +196,8 @@ impl Rig {
         let worker = self.worker();
         for (task, idx) in tasks.iter().zip(0..) {
             let claim = Claim::new(task, idx, 1);
-            worker.compute(&claim, 0, 0).expect("nobody stops the worker");
+            worker.run_op(&claim).expect("nobody stops the worker");
+            worker.finish(&claim);
         }
     }
 }
