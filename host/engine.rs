@@ -1,6 +1,7 @@
 //! The engine: binds a checkpoint to a program, starts the workers, and moves tokens.
 
 mod bind;
+mod empty;
 mod mailbox;
 mod pack;
 mod request;
@@ -111,10 +112,14 @@ impl Engine {
             Some(checkpoint) => load(checkpoint, options.load, &needed, progress)?,
             None => Box::new(DummyWeights::new(&needed, dtype, 0, progress)?),
         };
-        Engine::start(config, program, device, weights, dtype, options, progress)
+        let mut engine = Engine::build(config, program, device, weights, dtype, options, progress)?;
+        engine.prepare()?;
+        engine.launch()?;
+        Ok(engine)
     }
 
-    fn start(
+    /// An engine whose device has all it needs but the contents of the heap.
+    fn build(
         config: ModelConfig,
         program: Program,
         mut device: Box<dyn Device>,
@@ -167,7 +172,7 @@ impl Engine {
             dims: program.dims,
             plan: program.plan,
         };
-        let mut engine = Engine {
+        Ok(Engine {
             config,
             header,
             is_busy: vec![false; slots as usize],
@@ -179,10 +184,7 @@ impl Engine {
             weights,
             _vectors: vectors,
             program,
-        };
-        engine.prepare()?;
-        engine.launch()?;
-        Ok(engine)
+        })
     }
 
     /// Fills what the workers expect: cursors at their start, RoPE tables.

@@ -6,6 +6,8 @@
 //! Weights are named by index into `Program::tensors`, with a byte offset: `(index + 1) << 40 |
 //! offset`. The host replaces the names by addresses when it has loaded the weights.
 
+mod empty;
+
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
@@ -21,6 +23,7 @@ use crate::place::{StageCosts, place};
 use crate::schedule::queues;
 use crate::validate::{ValidateError, check_dims, validate};
 
+pub use self::empty::{EmptyShape, lower_empty};
 pub use crate::graph::Tensor;
 
 /// A model that cannot be lowered.

@@ -56,7 +56,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Print what was found of this machine, and what is missing.
     Doctor(doctor::DoctorArgs),
-    /// Measure decoding, or the memory under it.
+    /// Measure decoding, prompts, steps, the runtime itself, or the memory under it.
     Bench(bench::BenchArgs),
 }
 
@@ -82,6 +82,10 @@ struct ModelArgs {
     /// Precision of activations and sums.
     #[arg(long, value_enum, default_value_t = Compute::Exact)]
     compute: Compute,
+    /// Keep the CPU's workers from sleeping, and pin each to a core if there are enough: the next
+    /// request begins at once, at the price of the cores' power.
+    #[arg(long)]
+    busy_poll: bool,
 }
 
 fn worker_count(text: &str) -> std::result::Result<u32, String> {
@@ -123,7 +127,7 @@ impl ModelArgs {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        let device = self.device.open()?;
+        let device = self.device.open(self.busy_poll)?;
         let engine =
             Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
                 bar.set_length(total_bytes);
@@ -178,8 +182,8 @@ fn status(line: &str) {
 fn usage_message(error: &clap::Error) -> String {
     use clap::error::ErrorKind::{DisplayHelpOnMissingArgumentOrSubcommand, MissingSubcommand};
     if matches!(error.kind(), DisplayHelpOnMissingArgumentOrSubcommand | MissingSubcommand) {
-        return "a subcommand is needed: launch, inspect, doctor, bench decode or bench bandwidth \
-                (see --help)"
+        return "a subcommand is needed: launch, inspect, doctor, or bench with decode, prefill, \
+                steps, runtime or bandwidth (see --help)"
             .to_owned();
     }
     let rendered = error.render().to_string();

@@ -3,9 +3,10 @@
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use core_affinity::CoreId;
 use memmap2::{Advice, MmapMut};
 use tilert_mk_device::machine::cpu::Isa;
-use tilert_mk_device::machine::cpu::thread::Thread;
+use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::worker::{Progress, Worker};
 use tilert_mk_shared::limits::{SEGMENT_ROWS_MAX, STEP_TOKENS_MAX, WORKER_COUNT_MAX};
@@ -21,14 +22,16 @@ const TILE_BYTES: u64 = 128 << 10;
 pub struct CpuDevice {
     profile: Profile,
     machine: Thread,
+    polls_busily: bool,
     workers: Vec<JoinHandle<()>>,
     // What addresses point into; dropped after the workers have been joined.
     memory: Vec<MmapMut>,
 }
 
 impl CpuDevice {
-    /// The cores that this process may use.
-    pub fn new() -> CpuDevice {
+    /// The cores that this process may use. Workers that poll busily never sleep, and each is pinned
+    /// to a core of its own if there are enough.
+    pub fn new(polls_busily: bool) -> CpuDevice {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         let profile = Profile {
             name: "cpu".into(),
@@ -41,15 +44,14 @@ impl CpuDevice {
             packs_weights: false,
             host_spins: false,
         };
-        let machine = Thread { isa: Isa::detect(), clock: Instant::now() };
-        CpuDevice { profile, machine, workers: Vec::new(), memory: Vec::new() }
+        let machine = Thread { isa: Isa::detect(), idling: Idling::Park, clock: Instant::now() };
+        CpuDevice { profile, machine, polls_busily, workers: Vec::new(), memory: Vec::new() }
     }
 }
 
-impl Default for CpuDevice {
-    fn default() -> Self {
-        CpuDevice::new()
-    }
+/// A core for each worker; none if there are not enough, or the system does not tell.
+fn cores_for(worker_count: u32) -> Option<Vec<CoreId>> {
+    core_affinity::get_core_ids().filter(|cores| cores.len() >= worker_count as usize)
 }
 
 /// Zeroed memory, in huge pages where the system has them.
@@ -96,11 +98,20 @@ impl Device for CpuDevice {
     }
 
     fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+        let cores = if self.polls_busily { cores_for(header.worker_count) } else { None };
         for worker_idx in 0..header.worker_count {
-            let (header, machine) = (*header, self.machine);
+            let (header, mut machine) = (*header, self.machine);
+            let core = cores.as_ref().and_then(|cores| cores.get(worker_idx as usize)).copied();
+            let polls_busily = self.polls_busily;
             let handle = std::thread::Builder::new()
                 .name(format!("worker {worker_idx}"))
                 .spawn(move || {
+                    if polls_busily {
+                        machine.idling = match core.is_some_and(core_affinity::set_for_current) {
+                            true => Idling::Spin,
+                            false => Idling::Yield,
+                        };
+                    }
                     // SAFETY: the engine keeps all memory until `join` has joined this thread.
                     let worker =
                         unsafe { Worker::new(&header, worker_idx, &machine, Progress::NONE) };

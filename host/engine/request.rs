@@ -30,16 +30,16 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Opens the device.
+    /// Opens the device; with `polls_busily`, workers of a CPU never give up their cores.
     ///
     /// Errors: a GPU that was asked for by name and cannot be used.
-    pub fn open(self) -> Result<Box<dyn Device>> {
+    pub fn open(self, polls_busily: bool) -> Result<Box<dyn Device>> {
         match self {
-            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new())),
+            DeviceKind::Cpu => Ok(Box::new(CpuDevice::new(polls_busily))),
             DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(0)?)),
             DeviceKind::Auto => match CudaDevice::open(0) {
                 Ok(device) => Ok(Box::new(device)),
-                Err(_) => Ok(Box::new(CpuDevice::new())),
+                Err(_) => Ok(Box::new(CpuDevice::new(polls_busily))),
             },
         }
     }
@@ -110,6 +110,14 @@ pub struct Request<'a> {
     pub sampling: SamplingParams,
     /// Whether `Event::Logits` is wanted for each position.
     pub want_logits: bool,
+}
+
+impl<'a> Request<'a> {
+    /// The most likely tokens after `prompt`, `max_tokens` of them whatever they are.
+    pub fn greedy(prompt: &'a [u32], max_tokens: u32) -> Request<'a> {
+        let sampling = SamplingParams::GREEDY;
+        Request { prompt, max_tokens, stop_ids: &[], sampling, want_logits: false }
+    }
 }
 
 /// What happens while requests run.

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 use tilert_mk_device::machine::cpu::Isa;
-use tilert_mk_device::machine::cpu::thread::Thread;
+use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::worker::{Claim, Progress, Worker};
 use tilert_mk_shared::ABI_VERSION;
@@ -139,7 +139,8 @@ impl Rig {
             plan,
             ..ProgramHeader::default()
         };
-        Rig { header, machine: Thread { isa, clock: Instant::now() }, _memory: memory }
+        let machine = Thread { isa, idling: Idling::Park, clock: Instant::now() };
+        Rig { header, machine, _memory: memory }
     }
 
     /// Runs `test` on a new program for each instruction set.

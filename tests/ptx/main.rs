@@ -1,6 +1,7 @@
 //! The PTX that ships, executed: the reference's answers, no race, no hang.
 
 mod edit;
+mod empty;
 mod golden;
 mod planted;
 #[path = "../common/ptx_device.rs"]

@@ -26,7 +26,7 @@ pub(crate) fn open(path: &Path, workers: u32, slots: u32, step_tokens: u32) -> E
         step_tokens,
         ..EngineOptions::default()
     };
-    let device = DeviceKind::Cpu.open().expect("the CPU is there");
+    let device = DeviceKind::Cpu.open(false).expect("the CPU is there");
     Engine::open(ModelSource::Directory(path), device, &options, &mut |_, _| {})
         .expect("the checkpoint can be opened")
 }

@@ -16,11 +16,24 @@ const IDLE_LOOKS_MAX: u32 = 200;
 /// How long it sleeps.
 const IDLE_SLEEP: Duration = Duration::from_micros(50);
 
+/// What a worker does between looks for something to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idling {
+    /// Lets other threads run, and after a while sleeps.
+    Park,
+    /// Lets other threads run.
+    Yield,
+    /// Looks again at once: for a worker that has a core of its own.
+    Spin,
+}
+
 /// One thread.
 #[derive(Clone, Copy, Debug)]
 pub struct Thread {
     /// Instruction set of the primitives.
     pub isa: Isa,
+    /// How it waits.
+    pub idling: Idling,
     /// Zero of the device's clock.
     pub clock: Instant,
 }
@@ -65,10 +78,10 @@ impl Machine for Thread {
     }
 
     fn idle(&self, looks: u32) {
-        if looks > IDLE_LOOKS_MAX {
-            std::thread::sleep(IDLE_SLEEP);
-        } else {
-            std::thread::yield_now();
+        match self.idling {
+            Idling::Park if looks > IDLE_LOOKS_MAX => std::thread::sleep(IDLE_SLEEP),
+            Idling::Park | Idling::Yield => std::thread::yield_now(),
+            Idling::Spin => std::hint::spin_loop(),
         }
     }
 

@@ -1,0 +1,126 @@
+//! The CPU machine's inner primitives on data in cache, at this machine's instruction set.
+//! Run with `cargo bench -p tilert-mk-device`.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use tilert_mk_device::machine::cpu::Isa;
+use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
+use tilert_mk_device::machine::memory::Span;
+use tilert_mk_device::machine::{Machine, Rows, Split};
+use tilert_mk_shared::limits::{DECODE_TOKENS_MAX, STEP_TOKENS_MAX};
+use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Segment, TokenRows, WeightFormat};
+
+/// Values of a row of weights, of a norm and of a hidden state.
+const IN_DIM: usize = 1024;
+/// Rows of a linear task: 128 KiB of two-byte weights.
+const ROW_COUNT: usize = 64;
+const HEAD_DIM: usize = 128;
+/// Query heads that share a KV head.
+const QUERY_COUNT: usize = 2;
+
+fn machine() -> Thread {
+    Thread { isa: Isa::detect(), idling: Idling::Yield, clock: Instant::now() }
+}
+
+/// `count` small values, and room for a vector at the end.
+fn values(count: usize) -> Vec<f32> {
+    (0..count + 16).map(|idx| (idx % 17) as f32 * 0.01 - 0.08).collect()
+}
+
+/// A view of values that the caller keeps.
+fn span(values: &mut [f32]) -> Span<f32> {
+    let address = values.as_mut_ptr().expose_provenance() as u64;
+    // SAFETY: memory of the caller, who keeps it for as long as the view and reads it no other way
+    // meanwhile; there is one thread.
+    unsafe { Span::new(address, values.len()) }
+}
+
+fn matmul(criterion: &mut Criterion) {
+    let machine = machine();
+    let mut group = criterion.benchmark_group("matmul");
+    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+        // Any bytes will do as weights; these are small numbers in each format.
+        let weights = vec![0x2c00_2c00u32; ROW_COUNT * IN_DIM];
+        let task = LinearArgs {
+            prologue: Prologue::None,
+            epilogue: Epilogue::Store,
+            token_rows: TokenRows::All,
+            format,
+            in_dim: IN_DIM as u32,
+            x_stride: IN_DIM as u32,
+            y_stride: ROW_COUNT as u32,
+            prologue_key: 0,
+            x: 0,
+            y: 0,
+            norm_weight: 0,
+            segments: [
+                Segment {
+                    weights: weights.as_ptr().expose_provenance() as u64,
+                    row_count: ROW_COUNT as u32,
+                    ..Segment::default()
+                },
+                Segment::default(),
+                Segment::default(),
+            ],
+        }
+        .pack();
+        for tokens in [1, 2, 4, DECODE_TOKENS_MAX as usize, STEP_TOKENS_MAX as usize] {
+            let (mut x, mut y) = (values(tokens * IN_DIM), values(tokens * ROW_COUNT));
+            let x = Rows { values: span(&mut x), stride: IN_DIM };
+            let y = Rows { values: span(&mut y), stride: ROW_COUNT };
+            let bytes = (ROW_COUNT * IN_DIM) as u64 * format.value_bytes();
+            group.throughput(Throughput::Bytes(bytes));
+            let id = BenchmarkId::new(format!("{format:?}"), format!("{tokens} tokens"));
+            group.bench_function(id, |bencher| {
+                bencher.iter(|| machine.multiply(black_box(&task), x, tokens, y));
+            });
+        }
+    }
+}
+
+fn rms_norm(criterion: &mut Criterion) {
+    let machine = machine();
+    let [mut x, mut weight, mut out] = [0; 3].map(|_| values(IN_DIM));
+    let x = span(&mut x).sub(0, IN_DIM);
+    let weight = span(&mut weight).sub(0, IN_DIM);
+    let out = Rows { values: span(&mut out), stride: IN_DIM };
+    criterion.bench_function(&format!("rms_norm/{IN_DIM}"), |bencher| {
+        bencher.iter(|| machine.rms_norm(|_| black_box(x), 1, weight, 1e-5, out));
+    });
+}
+
+fn attend(criterion: &mut Criterion) {
+    let machine = machine();
+    let mut group = criterion.benchmark_group("attend");
+    // A split attends to one block of each 1024 positions.
+    for positions in [64, 4096] {
+        let [mut keys, mut cached] = [0; 2].map(|_| values(positions * HEAD_DIM));
+        let (mut queries, mut out) = (values(QUERY_COUNT * HEAD_DIM), values(QUERY_COUNT * 144));
+        let split = Split {
+            queries: Rows { values: span(&mut queries), stride: HEAD_DIM },
+            query_count: QUERY_COUNT,
+            keys: span(&mut keys).sub(0, positions * HEAD_DIM),
+            values: span(&mut cached).sub(0, positions * HEAD_DIM),
+            split: 0,
+            position: positions as u32 - 1,
+            scale: 0.1,
+            out: Rows { values: span(&mut out), stride: 144 },
+            head_dim: HEAD_DIM,
+        };
+        group.bench_function(format!("{positions} positions, {QUERY_COUNT} queries"), |bencher| {
+            bencher.iter(|| machine.attend(black_box(split)));
+        });
+    }
+}
+
+fn exp(criterion: &mut Criterion) {
+    let machine = machine();
+    criterion.bench_function("exp", |bencher| {
+        bencher.iter(|| machine.exp(black_box(-1.5)));
+    });
+}
+
+criterion_group!(primitives, matmul, rms_norm, attend, exp);
+criterion_main!(primitives);

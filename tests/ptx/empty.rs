@@ -1,0 +1,43 @@
+//! Programs of empty tasks, as `bench runtime` times them, on the shipped kernel.
+
+use std::ops::ControlFlow;
+
+use tilert_mk::driver::Device;
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Request};
+use tilert_mk_model::lower::EmptyShape;
+
+use crate::ptx_device::PtxDevice;
+use crate::shipped;
+
+/// The tokens of a step without arithmetic, of which there are three stages.
+fn tokens(device: Box<dyn Device>, stage_tasks: u32) -> Vec<u32> {
+    let options = EngineOptions {
+        workers: Some(2),
+        max_context: Some(16),
+        step_tokens: 1,
+        wait_ns_max: 50_000_000,
+        ..EngineOptions::default()
+    };
+    let shape = EmptyShape { stage_count: 3, stage_tasks };
+    let mut engine = Engine::open_empty(device, &options, &shape, 96).expect("it can be opened");
+    let mut ids = Vec::new();
+    for _ in 0..2 {
+        let request = Request::greedy(&[0], 3);
+        let answer = engine.generate(&request, &mut |_| ControlFlow::Continue(()));
+        ids.extend(answer.expect("the request ends").ids);
+    }
+    ids
+}
+
+#[test]
+fn empty_stages_end_and_sample_as_on_the_cpu() {
+    for stage_tasks in [1, 2, 3] {
+        let expected = tokens(DeviceKind::Cpu.open(false).expect("the CPU is there"), stage_tasks);
+        for capability in [80, 90] {
+            let (device, report) = PtxDevice::new(shipped(capability, 2, 7));
+            assert_eq!(tokens(Box::new(device), stage_tasks), expected);
+            let report = report.lock().expect("the device has not panicked");
+            assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
+        }
+    }
+}
