@@ -1,5 +1,7 @@
 //! The bodies of the tile primitives, over 16 lanes that the compiler maps to vectors.
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512::SIDE;
 use super::{Matrix, PREFETCH_BYTES};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
@@ -7,16 +9,18 @@ use half::f16;
 use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 use tilert_mk_shared::task::WeightFormat;
 
-const LANES: usize = 16;
-type Lanes = [f32; LANES];
+pub(super) const LANES: usize = 16;
+pub(super) type Lanes = [f32; LANES];
 
 /// Positions that attention scores before it adds their values.
 const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
 /// Positions from one block of a split to the next.
 const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
+/// Keys whose products with a query run side by side.
+const KEY_GROUP: usize = 4;
 
 /// A stored value that widens to f32.
-trait Stored: Copy {
+pub(super) trait Stored: Copy {
     fn to_f32(self) -> f32;
 }
 impl Stored for f32 {
@@ -37,7 +41,13 @@ impl Stored for Bf16 {
 impl Stored for f16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        f16::to_f32_const(self)
+        // In steps that become vectors. Shifted into place the exponent is 112 too small, also of
+        // subnormal values, which the product puts right; infinities and the rest keep theirs.
+        const SCALE: f32 = f32::from_bits((127 + 112) << 23);
+        let (sign, rest) = (u32::from(self.to_bits()) >> 15, u32::from(self.to_bits()) & 0x7fff);
+        let scaled = (f32::from_bits(rest << 13) * SCALE).to_bits();
+        let value = if rest < 0x7c00 { scaled } else { 0x7f80_0000 | rest << 13 };
+        f32::from_bits(sign << 31 | value)
     }
 }
 
@@ -55,7 +65,7 @@ fn fold(lanes: &Lanes) -> f32 {
 }
 
 #[inline(always)]
-fn load<W: Stored>(values: &[W]) -> Lanes {
+pub(super) fn load<W: Stored>(values: &[W]) -> Lanes {
     let mut lanes = [0.0; LANES];
     for (lane, value) in lanes.iter_mut().zip(values) {
         *lane = value.to_f32();
@@ -128,9 +138,14 @@ fn block<W: Stored, const R: usize, const T: usize>(
 }
 
 #[inline(always)]
-fn matmul_stored<W: Stored>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+fn weights<W: Stored>(m: &Matrix) -> Span<W> {
     // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
-    let span = unsafe { Span::<W>::new(m.address, m.row_count * m.in_dim) };
+    unsafe { Span::new(m.address, m.row_count * m.in_dim) }
+}
+
+#[inline(always)]
+fn matmul_stored<W: Stored>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    let span = weights::<W>(&m);
     let weights = span.as_slice();
     let paired = token_count - token_count % 2;
     for row in (0..m.row_count - m.row_count % 4).step_by(4) {
@@ -155,6 +170,39 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
         WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),
         WeightFormat::F16 => matmul_stored::<f16>(m, x, token_count, y, out_first),
         WeightFormat::Bf16 => matmul_stored::<Bf16>(m, x, token_count, y, out_first),
+    }
+}
+
+/// `matmul` for as many rows and tokens as make blocks of `avx512::SIDE`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+pub(super) fn matmul_blocks(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    match m.format {
+        WeightFormat::F32 => blocks_stored::<f32>(m, x, token_count, y, out_first),
+        WeightFormat::F16 => blocks_stored::<f16>(m, x, token_count, y, out_first),
+        WeightFormat::Bf16 => blocks_stored::<Bf16>(m, x, token_count, y, out_first),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
+fn blocks_stored<W: Stored>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    let span = weights::<W>(&m);
+    let (weights, inputs) = (span.as_slice(), x.values.as_slice());
+    for row in (0..m.row_count - m.row_count % SIDE).step_by(SIDE) {
+        let w = std::array::from_fn(|r| &weights[(row + r) * m.in_dim..][..m.in_dim]);
+        for token in (0..token_count - token_count % SIDE).step_by(SIDE) {
+            let input = std::array::from_fn(|t| &inputs[(token + t) * x.stride..][..m.in_dim]);
+            // The first tokens bring the rows into the cache for the others.
+            let ahead = (token == 0).then(|| weights[row * m.in_dim..].as_ptr());
+            let ahead = ahead.map(|ahead| ahead.wrapping_byte_add(PREFETCH_BYTES));
+            let products = super::avx512::dots(w, input, ahead);
+            for (idx, product) in products.iter().enumerate() {
+                let first = (token + idx % SIDE) * y.stride + out_first;
+                y.values.write(first + row + idx / SIDE, *product);
+            }
+        }
     }
 }
 
@@ -184,6 +232,53 @@ pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// Products of a query with as many keys as `scores` holds, `[scores.len(), query.len()]`.
+#[inline(always)]
+fn score(query: &[f32], keys: &[f32], scores: &mut [f32]) {
+    let dim = query.len();
+    let mut key_groups = keys.chunks_exact(KEY_GROUP * dim);
+    let mut score_groups = scores.chunks_exact_mut(KEY_GROUP);
+    for (scores, keys) in score_groups.by_ref().zip(key_groups.by_ref()) {
+        let group: [&[f32]; KEY_GROUP] = std::array::from_fn(|idx| &keys[idx * dim..][..dim]);
+        for (score, [product]) in scores.iter_mut().zip(dots(group, [query], None)) {
+            *score = product;
+        }
+    }
+    let rest = key_groups.remainder().chunks_exact(dim);
+    for (score, key) in score_groups.into_remainder().iter_mut().zip(rest) {
+        [[*score]] = dots([key], [query], None);
+    }
+}
+
+/// `out = out * keep + sum of weights[i] * values[i]`, in the order of `i`; `out` is held in `N`
+/// registers of lanes at a time.
+#[inline(always)]
+fn accumulate<const N: usize>(
+    out: &mut [f32],
+    first: usize,
+    keep: f32,
+    weights: &[f32],
+    values: &[f32],
+) {
+    let dim = out.len();
+    let out = &mut out[first..][..N * LANES];
+    let mut sums: [Lanes; N] = std::array::from_fn(|n| load(&out[n * LANES..][..LANES]));
+    for sum in sums.iter_mut().flatten() {
+        *sum *= keep;
+    }
+    for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
+        let value = &value[first..][..N * LANES];
+        for (sums, value) in sums.iter_mut().zip(value.chunks_exact(LANES)) {
+            for (sum, value) in sums.iter_mut().zip(value) {
+                *sum = value.mul_add(*weight, *sum);
+            }
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums.iter().flatten()) {
+        *out = *sum;
+    }
+}
+
 #[inline(always)]
 pub(super) fn attend(
     query: &[f32],
@@ -199,22 +294,35 @@ pub(super) fn attend(
         let len = keys.len().min(SCORE_BLOCK * dim);
         let (keys, values) = (&keys[..len], &values[..len]);
         let mut scores = [0.0f32; SCORE_BLOCK];
+        let weights = &mut scores[..keys.len() / dim];
+        score(query, keys, weights);
         let mut block_largest = largest;
-        for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
-            let [[product]] = dots([key], [query], None);
-            *score = product * scale;
+        for score in weights.iter_mut() {
+            *score *= scale;
             block_largest = block_largest.max(*score);
         }
         let keep = exp(largest - block_largest);
         largest = block_largest;
         total *= keep;
-        for value in out.iter_mut() {
+        for weight in weights.iter_mut() {
+            *weight = exp(*weight - largest);
+            total += *weight;
+        }
+        let mut first = 0;
+        while first + 4 * LANES <= dim {
+            accumulate::<4>(out, first, keep, weights, values);
+            first += 4 * LANES;
+        }
+        while first + LANES <= dim {
+            accumulate::<1>(out, first, keep, weights, values);
+            first += LANES;
+        }
+        let rest = &mut out[first..];
+        for value in rest.iter_mut() {
             *value *= keep;
         }
-        for (score, value) in scores.iter().zip(values.chunks_exact(dim)) {
-            let weight = exp(score - largest);
-            total += weight;
-            add_scaled(out, value, weight);
+        for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
+            add_scaled(rest, &value[first..], *weight);
         }
     }
     (largest, total)
@@ -270,6 +378,18 @@ pub(super) fn exp(x: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::super::{Isa, exp};
+    use super::Stored;
+    use half::f16;
+
+    #[test]
+    fn every_binary16_widens_as_it_should() {
+        for bits in 0..=u16::MAX {
+            let value = f16::from_bits(bits);
+            let (found, expected) = (Stored::to_f32(value), value.to_f32());
+            let is_same = found.to_bits() == expected.to_bits();
+            assert!(is_same || found.is_nan() && expected.is_nan(), "{bits:#x}: {found}");
+        }
+    }
 
     #[test]
     fn exp_is_close_and_the_same_for_every_instruction_set() {

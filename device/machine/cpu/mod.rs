@@ -4,6 +4,8 @@
 //! All sums run over 16 lanes with fused multiply-adds and are folded in one order, so the three
 //! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod counter;
 mod lanes;
 pub mod thread;
@@ -93,9 +95,35 @@ pub struct Matrix {
 }
 
 primitive! {
-    /// `y[token, out_first + row] = matrix[row] · x[token]`.
-    matmul(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
+    /// `matmul` with few sums at a time.
+    matmul_narrow(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
         = lanes::matmul
+}
+/// `y[token, out_first + row] = matrix[row] · x[token]`.
+fn matmul(isa: Isa, matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 && token_count >= avx512::SIDE && matrix.row_count >= avx512::SIDE {
+        // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
+        unsafe { lanes::matmul_blocks(matrix, x, token_count, y, out_first) };
+        // What is left: the last tokens of all rows, and the last rows of the tokens before.
+        let blocked = token_count - token_count % avx512::SIDE;
+        let after = |rows: Rows| {
+            let first = blocked * rows.stride;
+            Rows { values: rows.values.sub(first, rows.values.len() - first), ..rows }
+        };
+        if blocked < token_count {
+            matmul_narrow(isa, matrix, after(x), token_count - blocked, after(y), out_first);
+        }
+        let done = matrix.row_count - matrix.row_count % avx512::SIDE;
+        let rest_bytes = (done * matrix.in_dim) as u64 * matrix.format.value_bytes();
+        let rest = Matrix {
+            address: matrix.address + rest_bytes,
+            row_count: matrix.row_count - done,
+            ..matrix
+        };
+        return matmul_narrow(isa, rest, x, blocked, y, out_first + done);
+    }
+    matmul_narrow(isa, matrix, x, token_count, y, out_first);
 }
 primitive! {
     /// `out = weight * x / sqrt(mean(x^2) + eps)`; all of one length.
