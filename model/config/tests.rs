@@ -218,7 +218,7 @@ fn refused_heads() {
     let many = json!({"num_attention_heads": 131072, "head_dim": 256});
     refused(&[
         (json!({"num_attention_heads": 0}), "`num_attention_heads` is 0"),
-        (many, "up to 131072; it is 67108864"),
+        (many, "up to 131072; it is 33554432"),
         (json!({"num_attention_heads": 6, "head_dim": null}), "a divisor of hidden_size 64"),
         (json!({"num_key_value_heads": 3}), "`num_key_value_heads` is 3 (accepted: a divisor"),
         (json!({"num_key_value_heads": 0}), "`num_key_value_heads` is 0"),
