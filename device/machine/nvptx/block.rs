@@ -4,7 +4,7 @@ use core::arch::asm;
 use core::cell::Cell;
 use core::mem::offset_of;
 
-use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, DECODE_TOKENS_MAX};
+use tilert_mk_shared::limits::DECODE_TOKENS_MAX;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
@@ -22,21 +22,19 @@ use super::memory::{
     load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
     store_global, store_shared_f32, store_shared_pair, store_shared_word, widen_f16,
 };
-use super::{attend, divide, fma, multiply, ops, rsqrt, sreg, warp};
+use super::{attend, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 use crate::worker::{Claim, Stopped, Worker};
 
-/// Splits of a head whose loads are in flight together.
-const SPLITS_AHEAD: usize = 4;
 /// How long an idle block sleeps between looks.
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
-const QUAD: u32 = 4;
+pub const QUAD: u32 = 4;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
 /// Values of one load of all lanes.
-const TURN: u32 = QUAD * COMPUTE_LANES;
+pub const TURN: u32 = QUAD * COMPUTE_LANES;
 
 /// What the compiler knows of an op's tasks when it compiles the op's function.
 #[derive(Clone, Copy)]
@@ -140,47 +138,6 @@ impl Block {
                 }
                 base += N as u32 * TURN;
             }
-        }
-    }
-
-    /// Merges the splits of all heads into a row; `N` merges of a lane are under way together.
-    #[inline(always)]
-    fn merge_heads<const N: usize>(
-        &self,
-        dims: &Dims,
-        splits: u64,
-        count: u32,
-        out: &Rows,
-        row: u32,
-    ) {
-        let dim = dims.kv.head_dim;
-        let (pitch, len) = (dims.split_values() * 4, dims.head_count * dim);
-        let mut base = self.thread_idx * QUAD;
-        while base < len {
-            let mut merges: [Merge; N] = core::array::from_fn(|step| {
-                // Past the end the first head is merged and left alone.
-                let column = base + step as u32 * TURN;
-                let column = if column < len { column } else { 0 };
-                let head = column / dim * ATTENTION_SPLIT_MAX * pitch;
-                Merge::new(splits + u64::from(head), column % dim, dim)
-            });
-            let mut first = 0;
-            while first < count {
-                let requested = merges.map(|merge| merge.request(first, count, pitch));
-                for (merge, splits) in merges.iter_mut().zip(&requested) {
-                    merge.add(self, splits);
-                }
-                first += SPLITS_AHEAD as u32;
-            }
-            for (step, merge) in (0u32..).zip(&merges) {
-                let column = base + step * TURN;
-                if column < len {
-                    let scale = divide(1.0, merge.total);
-                    let quad = merge.merged.map(|sum| sum * scale);
-                    put(self.shared, self.layout.get(), out, row, column, quad);
-                }
-            }
-            base += N as u32 * TURN;
         }
     }
 
@@ -445,9 +402,9 @@ impl Machine for Block {
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (splits, count) = (splits.address(), split_count as u32);
         if self.kind.is_narrow {
-            self.merge_heads::<2>(dims, splits, count, &out, row as u32);
+            merge::merge_heads::<2>(self, dims, splits, count, &out, row as u32);
         } else {
-            self.merge_heads::<1>(dims, splits, count, &out, row as u32);
+            merge::merge_heads::<1>(self, dims, splits, count, &out, row as u32);
         }
     }
 
@@ -589,59 +546,6 @@ fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bo
         }
     }
     quads
-}
-
-/// Sums of a head's splits so far, of four adjacent columns.
-#[derive(Clone, Copy)]
-struct Merge {
-    /// Address of the columns in the head's first split, and of its score and sum of weights.
-    sums: u64,
-    scores: u64,
-    largest: f32,
-    total: f32,
-    merged: Quad,
-}
-
-impl Merge {
-    /// Nothing of the columns from `column` on of a head whose splits begin at `head` and have `dim`
-    /// columns.
-    #[inline(always)]
-    fn new(head: u64, column: u32, dim: u32) -> Merge {
-        let at = |value: u32| head + u64::from(value) * 4;
-        let (sums, scores) = (at(column), at(dim));
-        Merge { sums, scores, largest: f32::NEG_INFINITY, total: 0.0, merged: [0.0; 4] }
-    }
-
-    /// The sums, score and sum of weights of splits from `first` on, which are `pitch` bytes apart;
-    /// nothing past `count`.
-    #[inline(always)]
-    fn request(&self, first: u32, count: u32, pitch: u32) -> [(Quad, [f32; 2]); SPLITS_AHEAD] {
-        core::array::from_fn(|idx| {
-            let split = first + idx as u32;
-            if split >= count {
-                return ([0.0; 4], [f32::NEG_INFINITY, 0.0]);
-            }
-            let offset = u64::from(split * pitch);
-            // SAFETY: what attention has written of a split; heads are multiples of four values.
-            unsafe { (load_global(self.sums + offset), load_global_pair(self.scores + offset)) }
-        })
-    }
-
-    /// Adds splits, in their order. The first of all has a score.
-    #[inline(always)]
-    fn add(&mut self, block: &Block, splits: &[(Quad, [f32; 2]); SPLITS_AHEAD]) {
-        let largest = splits.iter().fold(self.largest, |largest, split| largest.max(split.1[0]));
-        let keep = block.exp(self.largest - largest);
-        (self.largest, self.total) = (largest, self.total * keep);
-        self.merged = self.merged.map(|sum| sum * keep);
-        for (sums, [score, weight_sum]) in splits {
-            let weight = block.exp(score - largest);
-            self.total = fma(weight, *weight_sum, self.total);
-            for (merged, sum) in self.merged.iter_mut().zip(sums) {
-                *merged = fma(*sum, weight, *merged);
-            }
-        }
-    }
 }
 
 /// Eight 16-bit values, widened.

@@ -19,11 +19,9 @@ use tilert_mk_shared::tile::{
 };
 
 use super::block::Block;
+use super::digest::Digest;
 use super::feed::{Fed, Feed, NO_TASK};
-use super::inputs::is_narrow;
-use super::memory::{
-    generic, load_shared_word, load_shared_words, store_shared, store_shared_word,
-};
+use super::memory::{generic, load_shared_word, store_shared_word};
 use super::{barrier, copy, sreg, warp};
 use crate::worker::Worker;
 
@@ -37,8 +35,6 @@ const LINE_BYTES: u32 = 128;
 const TEST_COUNT_MAX: u32 = 1 << 30;
 /// Bytes of the record in a task slot; the task's index, its step and its first page follow.
 pub const RECORD_BYTES: u32 = size_of::<Task>() as u32;
-/// Offset of the `Digest` in a task slot.
-const DIGEST: u32 = RECORD_BYTES + 16;
 
 /// A position in a ring: which slot, and the parity of its current phase.
 pub struct RingCursor {
@@ -272,11 +268,7 @@ pub fn load(worker: &Worker<Block>) {
         let args = LinearArgs::unpack(task);
         let is_packed = is_linear && args.format == WeightFormat::Bf16;
         if is_packed && lane == 0 {
-            let Digest { narrow_rows_max, groups, page_blocks, unit_bytes } =
-                Digest::new(&args, worker.header.input_bytes);
-            let words = [narrow_rows_max, groups, page_blocks, unit_bytes];
-            // SAFETY: words of the slot, which the computing warps do not look at yet.
-            unsafe { store_shared(slot + DIGEST, words.map(f32::from_bits)) };
+            Digest::new(&args, worker.header.input_bytes).write(slot);
         }
         if lane == 0 {
             // SAFETY: an initialised barrier.
@@ -335,43 +327,6 @@ fn wait_empty(block: &Block, ring: &RingCursor) -> bool {
         }
     }
     true
-}
-
-/// What the computing warps would work out of a task's record, each of them, in every task.
-#[derive(Clone, Copy, Default)]
-pub struct Digest {
-    /// Input rows that are kept as parts at most.
-    pub narrow_rows_max: u32,
-    /// Twice the groups of rows, and one if the last has 8 rows.
-    pub groups: u32,
-    /// Blocks of a page.
-    pub page_blocks: u32,
-    /// Bytes of a unit.
-    pub unit_bytes: u32,
-}
-
-impl Digest {
-    /// Of a task with packed weights.
-    #[inline(always)]
-    fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
-        let packing = Packing::new(args.row_count(), args.in_dim);
-        let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
-        Digest {
-            narrow_rows_max: fits(1) + fits(2),
-            groups: packing.group_count() * 2 + u32::from(packing.ends_in_half()),
-            page_blocks: packing.page_blocks(),
-            unit_bytes: packing.unit_bytes(),
-        }
-    }
-
-    /// That of the task in a full slot.
-    #[inline(always)]
-    pub fn read(slot: u32) -> Digest {
-        // SAFETY: words of a full slot, which the loading warp does not touch.
-        let words = unsafe { load_shared_words(slot + DIGEST) };
-        let [narrow_rows_max, groups, page_blocks, unit_bytes] = words;
-        Digest { narrow_rows_max, groups, page_blocks, unit_bytes }
-    }
 }
 
 /// Leaves a task's record, a word by each lane, and says which task it is.

@@ -9,7 +9,8 @@ use tilert_mk_shared::tile::OP_WORDS;
 
 use super::block::{Block, Kind};
 use super::compute::Kept;
-use super::loader::{Digest, RECORD_BYTES, header};
+use super::digest::Digest;
+use super::loader::{RECORD_BYTES, header};
 use super::memory::{generic, load_shared_word, shared_base};
 use super::sreg;
 use crate::worker::{Claim, Progress, Stopped, Worker};

@@ -19,8 +19,8 @@ use tilert_mk_shared::task::{LinearArgs, Task};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES, WIDE_INPUTS};
 
 use super::block::Block;
+use super::digest::Digest;
 use super::inputs::{Layout, PARTS, split_pair, swizzled};
-use super::loader::Digest;
 use super::memory::{
     load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
 };

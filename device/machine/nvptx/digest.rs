@@ -1,0 +1,56 @@
+//! What the loading warp works out of a task's record for the computing warps.
+
+use tilert_mk_shared::packed::Packing;
+use tilert_mk_shared::task::LinearArgs;
+
+use super::inputs::is_narrow;
+use super::loader::RECORD_BYTES;
+use super::memory::{load_shared_words, store_shared};
+
+/// Offset of the digest in a task slot.
+const DIGEST: u32 = RECORD_BYTES + 16;
+
+/// What the computing warps would work out of a task's record, each of them, in every task.
+#[derive(Clone, Copy, Default)]
+pub struct Digest {
+    /// Input rows that are kept as parts at most.
+    pub narrow_rows_max: u32,
+    /// Twice the groups of rows, and one if the last has 8 rows.
+    pub groups: u32,
+    /// Blocks of a page.
+    pub page_blocks: u32,
+    /// Bytes of a unit.
+    pub unit_bytes: u32,
+}
+
+impl Digest {
+    /// Of a task with packed weights.
+    #[inline(always)]
+    pub fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
+        let packing = Packing::new(args.row_count(), args.in_dim);
+        let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
+        Digest {
+            narrow_rows_max: fits(1) + fits(2),
+            groups: packing.group_count() * 2 + u32::from(packing.ends_in_half()),
+            page_blocks: packing.page_blocks(),
+            unit_bytes: packing.unit_bytes(),
+        }
+    }
+
+    /// Leaves it in a slot. For one lane, before the slot is full.
+    #[inline(always)]
+    pub fn write(&self, slot: u32) {
+        let words = [self.narrow_rows_max, self.groups, self.page_blocks, self.unit_bytes];
+        // SAFETY: words of the slot, which the computing warps do not look at yet.
+        unsafe { store_shared(slot + DIGEST, words.map(f32::from_bits)) };
+    }
+
+    /// That of the task in a full slot.
+    #[inline(always)]
+    pub fn read(slot: u32) -> Digest {
+        // SAFETY: words of a full slot, which the loading warp does not touch.
+        let words = unsafe { load_shared_words(slot + DIGEST) };
+        let [narrow_rows_max, groups, page_blocks, unit_bytes] = words;
+        Digest { narrow_rows_max, groups, page_blocks, unit_bytes }
+    }
+}
