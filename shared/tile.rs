@@ -106,6 +106,8 @@ const PARTIAL_BYTES: u32 =
     f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX * column_warps(WeightFormat::F32));
 /// Rows that are kept as bf16 parts at most, for products on tensor cores.
 pub const PART_ROWS_MAX: u32 = 2;
+/// Parts of a value.
+pub const PARTS: u32 = 3;
 const NARROW_PARTIAL_BYTES: u32 = f32_bytes(TILE_ROWS_MAX * PART_ROWS_MAX * COMPUTE_WARPS);
 /// Values of attention's partial results of one warp: weighted values, the largest score, the sum of
 /// weights, and padding.
@@ -133,8 +135,7 @@ impl SharedPlan {
         if shared_bytes < least {
             return None;
         }
-        // One row as three bf16 parts.
-        let wanted = ((row_values.next_multiple_of(64) + 32) * 6).next_multiple_of(256);
+        let wanted = part_bytes(row_values).next_multiple_of(256);
         let room = shared_bytes - least + INPUT_BYTES_MIN;
         let limit = if room < INPUT_BYTES_MAX { room } else { INPUT_BYTES_MAX };
         let input_bytes = if wanted < limit { wanted } else { limit };
@@ -154,6 +155,19 @@ impl SharedPlan {
     pub const fn shared_bytes(&self) -> u32 {
         ring(self.input_bytes) + self.page_count * PAGE_BYTES
     }
+}
+
+/// Values from one row of `dim` values as bf16 parts to the next. Adjacent rows begin 64 bytes apart,
+/// modulo 128: a lane's loads of both share no bank.
+#[inline]
+pub const fn part_pitch(dim: u32) -> u32 {
+    dim.next_multiple_of(64) + 32
+}
+
+/// Bytes of a row of `dim` values as bf16 parts.
+#[inline]
+pub const fn part_bytes(dim: u32) -> u32 {
+    PARTS * part_pitch(dim) * 2
 }
 
 /// Offset of the ring of pages.

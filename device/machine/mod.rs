@@ -155,15 +155,9 @@ pub trait Machine {
         }
     }
 
-    /// Memory for `count` input rows of `dim` values, to be multiplied with weights of `format`, or
-    /// for rows that only `attend` reads; `heap` is this worker's share of the heap.
-    fn input_rows(
-        &self,
-        heap: Span<f32>,
-        count: usize,
-        dim: usize,
-        format: Option<WeightFormat>,
-    ) -> Rows;
+    /// Memory for `count` input rows of `dim` values, to be multiplied, or for rows that only `attend`
+    /// reads; `heap` is this worker's share of the heap.
+    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows;
 
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
     fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;

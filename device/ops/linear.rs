@@ -14,10 +14,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let args = LinearArgs::unpack(claim.task);
     let step_view = super::step(worker);
     let step = step_view.get(0);
-    let row_count = match args.token_rows {
-        TokenRows::All => step.token_count,
-        TokenRows::Logits => step.logit_count,
-    } as usize;
+    let row_count = step.row_count(args.token_rows) as usize;
     if row_count == 0 {
         return worker.machine.discard(claim.task);
     }
@@ -44,7 +41,7 @@ fn input<M: Machine>(
         TokenRows::All => row,
         TokenRows::Logits => step.logit_tokens[row] as usize,
     };
-    let x = worker.machine.input_rows(super::scratch_input(worker), count, dim, Some(args.format));
+    let x = worker.machine.input_rows(super::scratch_input(worker), count, dim);
     let prologue = u64::from(epoch) << 32 | u64::from(args.prologue_key);
     let is_kept = worker.prologue.replace(prologue) == prologue;
     match args.prologue {

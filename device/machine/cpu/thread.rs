@@ -92,13 +92,7 @@ impl Machine for Thread {
     }
 
     #[inline(always)]
-    fn input_rows(
-        &self,
-        heap: Span<f32>,
-        _count: usize,
-        dim: usize,
-        _format: Option<WeightFormat>,
-    ) -> Rows {
+    fn input_rows(&self, heap: Span<f32>, _count: usize, dim: usize) -> Rows {
         Rows { values: heap, stride: dim.next_multiple_of(16) }
     }
 

@@ -11,7 +11,7 @@ use tilert_mk_shared::tile::{
 };
 
 use super::barrier::sync_compute;
-use super::block::{Block, near};
+use super::block::{Block, QUAD, near};
 use super::memory::{
     Quad, load_global, load_shared_word, store_shared, store_shared_f32, store_shared_word,
 };
@@ -69,8 +69,6 @@ const _: () = assert!(HEAD_DIM_MAX <= ATTENTION_VALUES);
 const KEY_LANES: u32 = 8;
 /// Keys that one load of a warp takes from.
 const KEYS: u32 = WARP_LANES / KEY_LANES;
-/// Values of one load of a lane.
-const QUAD: u32 = 4;
 /// Values of a key that one load of its lanes takes.
 const KEY_STEP: u32 = KEY_LANES * QUAD;
 

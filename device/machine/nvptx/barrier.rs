@@ -74,6 +74,21 @@ pub unsafe fn arrive_expect(barrier: u32, bytes: u32) {
     }
 }
 
+/// The instruction that tests a phase.
+#[cfg(tilert_sm90)]
+macro_rules! test {
+    () => {
+        "mbarrier.try_wait.parity.shared::cta.b64"
+    };
+}
+/// The same on older chips, where it does not wait.
+#[cfg(not(tilert_sm90))]
+macro_rules! test {
+    () => {
+        "mbarrier.test_wait.parity.shared.b64"
+    };
+}
+
 /// Waits until the phase of `parity` is complete; false if it is not after `tests_max` tests.
 ///
 /// # Safety
@@ -85,17 +100,9 @@ pub unsafe fn wait(barrier: u32, parity: u32, tests_max: u32) -> bool {
     // One statement: compilers unroll loops that count, and this one is in many places.
     // SAFETY: by this function's contract.
     unsafe {
-        #[cfg(tilert_sm90)]
         asm!("{{ .reg .pred p;", "mov.u32 {n}, {m};",
              "TEST:", ".pragma \"nounroll\";",
-             "mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {y};", "@p bra DONE;",
-             "sub.u32 {n}, {n}, 1;", "setp.ne.u32 p, {n}, 0;", "@p bra TEST;", "DONE: }}",
-             n = out(reg32) left, m = in(reg32) tests_max, b = in(reg32) barrier,
-             y = in(reg32) parity, options(nostack));
-        #[cfg(not(tilert_sm90))]
-        asm!("{{ .reg .pred p;", "mov.u32 {n}, {m};",
-             "TEST:", ".pragma \"nounroll\";",
-             "mbarrier.test_wait.parity.shared.b64 p, [{b}], {y};", "@p bra DONE;",
+             concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
              "sub.u32 {n}, {n}, 1;", "setp.ne.u32 p, {n}, 0;", "@p bra TEST;", "DONE: }}",
              n = out(reg32) left, m = in(reg32) tests_max, b = in(reg32) barrier,
              y = in(reg32) parity, options(nostack));
@@ -112,12 +119,7 @@ pub unsafe fn test(barrier: u32, parity: u32) -> bool {
     let done: u32;
     // SAFETY: by this function's contract.
     unsafe {
-        #[cfg(tilert_sm90)]
-        asm!("{{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{b}], {n};",
-             "selp.u32 {d}, 1, 0, p; }}",
-             b = in(reg32) barrier, n = in(reg32) parity, d = out(reg32) done, options(nostack));
-        #[cfg(not(tilert_sm90))]
-        asm!("{{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [{b}], {n};",
+        asm!(concat!("{{ .reg .pred p; ", test!(), " p, [{b}], {n};"),
              "selp.u32 {d}, 1, 0, p; }}",
              b = in(reg32) barrier, n = in(reg32) parity, d = out(reg32) done, options(nostack));
     }

@@ -260,13 +260,7 @@ impl Machine for Block {
     fn stage(&self, _task: &Task) {}
 
     #[inline(always)]
-    fn input_rows(
-        &self,
-        heap: Span<f32>,
-        count: usize,
-        dim: usize,
-        _format: Option<WeightFormat>,
-    ) -> Rows {
+    fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows {
         let layout = if self.kind.is_narrow {
             Layout::parts(count as u32, dim as u32)
         } else {
@@ -291,8 +285,11 @@ impl Machine for Block {
 
     #[inline(always)]
     fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows {
-        if self.layout.get() == Layout::Far || is_kept {
-            return if self.layout.get() == Layout::Far { from } else { to };
+        if self.layout.get() == Layout::Far {
+            return from;
+        }
+        if is_kept {
+            return to;
         }
         if self.kind.is_narrow {
             self.copy_rows::<8>(from, count, dim as u32, to);

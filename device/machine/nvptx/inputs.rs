@@ -4,13 +4,10 @@
 //! three bf16: its significand has 24 bits, and each part takes the next 8. One or two rows are kept
 //! as parts; more rows are kept as they are, and split when they are used.
 
-use tilert_mk_shared::tile::{INPUTS, PART_ROWS_MAX};
+use tilert_mk_shared::tile::{INPUTS, PART_ROWS_MAX, PARTS, part_bytes, part_pitch};
 
 use super::memory::{Quad, store_shared_pair, upper_halves};
 use crate::machine::Rows;
-
-/// Parts of a value.
-pub const PARTS: u32 = 3;
 
 /// How input rows are kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -32,8 +29,7 @@ impl Layout {
     /// The layout of `rows` rows of `dim` values, up to `PART_ROWS_MAX`, as parts.
     #[inline(always)]
     pub fn parts(rows: u32, dim: u32) -> Layout {
-        // Adjacent rows begin 64 bytes apart, modulo 128: a lane's loads of both share no bank.
-        Layout::Parts { rows, pitch: dim.next_multiple_of(64) + 32 }
+        Layout::Parts { rows, pitch: part_pitch(dim) }
     }
 
     /// The layout of `rows` rows of `dim` values in an area of `bytes`, as they are.
@@ -47,8 +43,7 @@ impl Layout {
 /// multiplied with bf16 weights.
 #[inline(always)]
 pub fn is_narrow(rows: u32, dim: u32, bytes: u32) -> bool {
-    let pitch = dim.next_multiple_of(64) + 32;
-    rows <= PART_ROWS_MAX && PARTS * rows * pitch * 2 <= bytes
+    rows <= PART_ROWS_MAX && rows * part_bytes(dim) <= bytes
 }
 
 /// Where the value of `column` is in a near row of f32: of every 256 columns, the first halves of

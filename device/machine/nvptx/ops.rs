@@ -4,7 +4,7 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows, WeightFormat};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::OP_WORDS;
 
 use super::block::{Block, Kind};
@@ -45,11 +45,7 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
 fn has_few_rows(worker: &Worker<Block>, task: &Task, slot: u32) -> bool {
     let step_view = crate::ops::step(worker);
     let step = step_view.get(0);
-    let rows = match LinearArgs::unpack(task).token_rows {
-        TokenRows::All => step.token_count,
-        TokenRows::Logits => step.logit_count,
-    };
-    rows <= Digest::read(slot).narrow_rows_max
+    step.row_count(LinearArgs::unpack(task).token_rows) <= Digest::read(slot).narrow_rows_max
 }
 
 /// Runs an op on a worker made from the slot. What it leaves behind goes to shared memory: results

@@ -16,11 +16,11 @@ use tilert_mk_shared::packed::{
     BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, LANE_COLUMNS, UNIT_COLUMNS,
 };
 use tilert_mk_shared::task::{LinearArgs, Task};
-use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, WARP_LANES, WIDE_INPUTS};
+use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
 use super::block::Block;
 use super::digest::Digest;
-use super::inputs::{Layout, PARTS, split_pair, swizzled};
+use super::inputs::{Layout, split_pair, swizzled};
 use super::memory::{
     load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
 };
@@ -219,33 +219,21 @@ fn product_ahead<const G: usize, const HALF: bool>(
     let mut left = shape.in_dim / BLOCK_COLUMNS;
     if left > 0 {
         let mut operands = take_operands::<G, 1, HALF>(lane, &next);
-        loop {
-            left -= 1;
-            let is_page_end = next.advance(block, shape);
-            let mut others = operands;
-            if left > 0 {
-                others = take_operands::<G, 1, HALF>(lane, &next);
-            }
-            add_products(&mut sums, &operands);
-            if is_page_end {
-                block.pages.release(block.warp_lane());
-            }
-            if left == 0 {
-                break;
-            }
+        let mut others = operands;
+        // The two take turns by name: exchanged, they would be copied.
+        let mut turn = |now: &Operands<G, 1>, then: &mut Operands<G, 1>| {
             left -= 1;
             let is_page_end = next.advance(block, shape);
             if left > 0 {
-                operands = take_operands::<G, 1, HALF>(lane, &next);
+                *then = take_operands::<G, 1, HALF>(lane, &next);
             }
-            add_products(&mut sums, &others);
+            add_products(&mut sums, now);
             if is_page_end {
                 block.pages.release(block.warp_lane());
             }
-            if left == 0 {
-                break;
-            }
-        }
+            left > 0
+        };
+        while turn(&operands, &mut others) && turn(&others, &mut operands) {}
     }
     if next.first < shape.in_dim {
         add_last::<G, 1, HALF>(&mut sums, lane, shape, &next);
