@@ -124,7 +124,10 @@ impl<'a, M: Machine> Worker<'a, M> {
         }
         while let Some(claim) = self.claim_next() {
             let claimed_ns = self.trace_ns();
-            self.machine.stage(claim.task);
+            // A task's weights are requested while the one before it runs.
+            if let Some((_, next_idx, _)) = self.head(self.worker_idx) {
+                self.machine.stage(self.task(next_idx));
+            }
             let staged_ns = self.trace_ns();
             let done = self.wait(&claim).and_then(|()| self.execute(&claim, claimed_ns, staged_ns));
             if done.is_err() {

@@ -131,7 +131,7 @@ pub trait Machine {
     /// Gives the core away while there is nothing to do; the more, the longer it has lasted.
     fn idle(&self, looks: u32);
 
-    /// Requests a task's weights before its input is ready.
+    /// Requests a task's weights, or the first of them, before the worker comes to it.
     fn stage(&self, task: &Task);
 
     /// Collective: `job(row, column)` for all of `row_count` times `column_count`, in any order;

@@ -16,7 +16,7 @@ use super::{Device, Profile};
 use crate::error::{Error, Result};
 
 /// Weight bytes of a linear task, about: a few microseconds of reading.
-const TILE_BYTES: u64 = 128 << 10;
+const TILE_BYTES: u64 = 256 << 10;
 
 /// Threads of this process.
 pub struct CpuDevice {

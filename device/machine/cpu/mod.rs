@@ -1,7 +1,7 @@
 //! Tile primitives of the CPU machine.
 //!
 //! One source, compiled for AVX-512, for AVX2 and for any x86 or other chip, and chosen at run time.
-//! All sums run over 16 lanes with fused multiply-adds and are folded in one order, so the three
+//! All sums run over 32 lanes with fused multiply-adds and are folded in one order, so the three
 //! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
 
 #[cfg(target_arch = "x86_64")]
@@ -56,15 +56,24 @@ impl Isa {
     }
 }
 
-/// Defines a primitive that runs its body compiled for the chosen instruction set.
+/// Defines a primitive that runs its body compiled for the chosen instruction set, or another one
+/// for AVX-512.
 macro_rules! primitive {
     ($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:path) => {
+        primitive! {
+            $(#[$doc])* $name($($arg: $type),*) $(-> $out)? = $body, $body
+        }
+    };
+    (
+        $(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?
+            = $body:path, $wide:path
+    ) => {
         $(#[$doc])*
         fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-                fn avx512($($arg: $type),*) $(-> $out)? { $body($($arg),*) }
+                fn avx512($($arg: $type),*) $(-> $out)? { $wide($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
                 fn avx2($($arg: $type),*) $(-> $out)? { $body($($arg),*) }
                 match isa {
@@ -95,35 +104,9 @@ pub struct Matrix {
 }
 
 primitive! {
-    /// `matmul` with few sums at a time.
-    matmul_narrow(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
-        = lanes::matmul
-}
-/// `y[token, out_first + row] = matrix[row] · x[token]`.
-fn matmul(isa: Isa, matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 && token_count >= avx512::SIDE && matrix.row_count >= avx512::SIDE {
-        // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
-        unsafe { lanes::matmul_blocks(matrix, x, token_count, y, out_first) };
-        // What is left: the last tokens of all rows, and the last rows of the tokens before.
-        let blocked = token_count - token_count % avx512::SIDE;
-        let after = |rows: Rows| {
-            let first = blocked * rows.stride;
-            Rows { values: rows.values.sub(first, rows.values.len() - first), ..rows }
-        };
-        if blocked < token_count {
-            matmul_narrow(isa, matrix, after(x), token_count - blocked, after(y), out_first);
-        }
-        let done = matrix.row_count - matrix.row_count % avx512::SIDE;
-        let rest_bytes = (done * matrix.in_dim) as u64 * matrix.format.value_bytes();
-        let rest = Matrix {
-            address: matrix.address + rest_bytes,
-            row_count: matrix.row_count - done,
-            ..matrix
-        };
-        return matmul_narrow(isa, rest, x, blocked, y, out_first + done);
-    }
-    matmul_narrow(isa, matrix, x, token_count, y, out_first);
+    /// `y[token, out_first + row] = matrix[row] · x[token]`.
+    matmul(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
+        = lanes::matmul, avx512::matmul
 }
 primitive! {
     /// `out = weight * x / sqrt(mean(x^2) + eps)`; all of one length.
@@ -163,7 +146,7 @@ pub fn prefetch(address: u64, bytes: u64) {
     for line in (0..bytes).step_by(64) {
         let pointer = (address as *const i8).wrapping_add(line as usize);
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(pointer) };
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(pointer) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (address, bytes);

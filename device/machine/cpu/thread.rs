@@ -7,12 +7,15 @@ use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::{Isa, Matrix, PREFETCH_BYTES};
+use super::{Isa, Matrix};
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
+/// Bytes of each of a task's matrices that are requested before the worker comes to it: until the
+/// chip's own prefetcher follows.
+const STAGE_BYTES: u64 = 2 << 10;
 /// How long it sleeps.
 const IDLE_SLEEP: Duration = Duration::from_micros(50);
 
@@ -87,7 +90,9 @@ impl Machine for Thread {
 
     fn stage(&self, task: &Task) {
         if task.opcode == Opcode::Linear as u16 {
-            super::prefetch(task.segment(0).weights, PREFETCH_BYTES as u64);
+            for idx in 0..task.segment_count() {
+                super::prefetch(task.segment(idx).weights, STAGE_BYTES);
+            }
         }
     }
 
