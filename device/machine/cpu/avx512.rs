@@ -3,6 +3,8 @@
 //! As plain arrays, which the other primitives use, the compiler keeps sums in memory. The order of
 //! additions is that of `lanes`, lane by lane and in the fold, so the bits are the same.
 
+pub(super) mod attend;
+
 use std::arch::x86_64::{
     __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
     _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_permutex2var_ps, _mm512_setr_epi32,
@@ -14,7 +16,7 @@ use std::ops::Range;
 use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
-use super::lanes::{Bf16, LANES, Stored, weights};
+use super::lanes::{Bf16, LANES, Stored, VECTOR, weights};
 use super::{Matrix, PREFETCH_BYTES};
 use crate::machine::Rows;
 
@@ -22,6 +24,8 @@ use crate::machine::Rows;
 const ROWS: usize = 3;
 /// Tokens of a block: its sums are 24 vectors, which the 32 registers hold.
 const TOKENS: usize = 4;
+/// Rows of which four side by side are still one stream to the chip's prefetcher.
+const SHORT_ROW_BYTES: usize = 3 << 9;
 /// Sums that are folded at once.
 const FOLDED: usize = 16;
 
@@ -49,6 +53,11 @@ fn matmul_stored<W: Wide>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_f
         token += TOKENS;
     }
     match token_count - token {
+        1 if m.in_dim * size_of::<W>() <= SHORT_ROW_BYTES => {
+            let fours = m.row_count - m.row_count % 4;
+            products::<W, 4, 1>(&m, 0..fours, &x, token, &y, out_first);
+            products::<W, 1, 1>(&m, fours..m.row_count, &x, token, &y, out_first);
+        }
         1 => products::<W, 1, 1>(&m, 0..m.row_count, &x, token, &y, out_first),
         2 => products::<W, 1, 2>(&m, 0..m.row_count, &x, token, &y, out_first),
         3 => products::<W, 1, 3>(&m, 0..m.row_count, &x, token, &y, out_first),
@@ -69,15 +78,15 @@ fn products<W: Wide, const R: usize, const T: usize>(
 ) {
     let span = weights::<W>(m);
     let (weights, inputs) = (span.as_slice(), x.values.as_slice());
-    let input = std::array::from_fn(|t| &inputs[(token + t) * x.stride..][..m.in_dim]);
+    let input = side_by_side::<f32, T>(&inputs[token * x.stride..], x.stride, m.in_dim);
     // The first tokens bring the rows into the cache for the others.
-    let is_ahead = R > 1 && token == 0;
+    let is_ahead = R > 1 && T > 1 && token == 0;
     let mut first = rows.start;
     while first < rows.end {
         let mut sums = [_mm512_setzero_ps(); FOLDED];
         let end = rows.end.min(first + FOLDED / T / R * R);
         for row in (first..end).step_by(R) {
-            let w = std::array::from_fn(|r| &weights[(row + r) * m.in_dim..][..m.in_dim]);
+            let w = side_by_side::<W, R>(&weights[row * m.in_dim..], m.in_dim, m.in_dim);
             let row_sums = dots::<W, R, T>(w, input, is_ahead);
             for r in 0..R {
                 for t in 0..T {
@@ -94,6 +103,16 @@ fn products<W: Wide, const R: usize, const T: usize>(
         }
         first = end;
     }
+}
+
+/// The first `len` values of `N` rows that are `stride` apart.
+#[inline(always)]
+fn side_by_side<W, const N: usize>(values: &[W], stride: usize, len: usize) -> [&[W]; N] {
+    let mut rows = [&values[..0]; N];
+    for (idx, row) in rows.iter_mut().enumerate() {
+        *row = &values[idx * stride..][..len];
+    }
+    rows
 }
 
 /// Sums of products of rows with inputs, all of one length; the upper half of the lanes is added to
@@ -159,7 +178,7 @@ fn dots<W: Wide, const R: usize, const T: usize>(
 fn pair<W: Wide>(values: &[W], at: usize) -> [__m512; 2] {
     let values = &values[at..at + LANES];
     // SAFETY: as many values as are read.
-    unsafe { [W::vector(values.as_ptr()), W::vector(values.as_ptr().add(LANES / 2))] }
+    unsafe { [W::vector(values.as_ptr()), W::vector(values.as_ptr().add(VECTOR))] }
 }
 
 /// Fewer than `LANES` values, and zeros after them.
@@ -204,7 +223,7 @@ impl Wide for Bf16 {
     }
 }
 
-/// The sums of each vector's lanes, all at once: the upper half onto the lower, then quarters and so
+/// The sum of each vector's lanes, all at once: the upper half onto the lower, then quarters and so
 /// on.
 #[inline]
 #[target_feature(enable = "avx512f")]

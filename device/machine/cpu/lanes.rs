@@ -9,14 +9,14 @@ use tilert_mk_shared::task::WeightFormat;
 
 pub(super) const LANES: usize = 32;
 /// Lanes of a vector of the widest instruction set.
-const VECTOR: usize = LANES / 2;
+pub(super) const VECTOR: usize = LANES / 2;
 /// Two vectors: sums that do not wait for each other.
 pub(super) type Lanes = [[f32; VECTOR]; 2];
 
 /// Positions that attention scores before it adds their values.
-const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
+pub(super) const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
 /// Positions from one block of a split to the next.
-const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
+pub(super) const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
 /// Keys whose products with a query run side by side.
 const KEY_GROUP: usize = 4;
 
@@ -58,7 +58,13 @@ fn fold(lanes: &Lanes) -> f32 {
     for (sum, high) in sums.iter_mut().zip(high) {
         *sum += high;
     }
-    let mut width = sums.len() / 2;
+    fold_vector(sums)
+}
+
+/// The sum of a vector's lanes: the upper half onto the lower, then quarters and so on.
+#[inline(always)]
+pub(super) fn fold_vector(mut sums: [f32; VECTOR]) -> f32 {
+    let mut width = VECTOR / 2;
     while width > 0 {
         for lane in 0..width {
             sums[lane] += sums[lane + width];
@@ -258,8 +264,29 @@ fn accumulate<const N: usize>(
     out.copy_from_slice(sums.as_flattened());
 }
 
+/// Blocks are always whole, with weights of zero where there are no positions.
 #[inline(always)]
 pub(super) fn attend(
+    queries: Rows,
+    query_count: usize,
+    keys: &[f32],
+    values: &[f32],
+    scale: f32,
+    out: Rows,
+) {
+    let dim = queries.stride;
+    for row in 0..query_count {
+        let query = queries.row(row, dim);
+        let sums = out.row(row, dim);
+        let (largest, total) =
+            attend_query(query.as_slice(), keys, values, scale, sums.as_mut_slice());
+        out.values.write(row * out.stride + dim, largest);
+        out.values.write(row * out.stride + dim + 1, total);
+    }
+}
+
+#[inline(always)]
+fn attend_query(
     query: &[f32],
     keys: &[f32],
     values: &[f32],
@@ -272,39 +299,47 @@ pub(super) fn attend(
     for (keys, values) in keys.chunks(SCORE_STEP * dim).zip(values.chunks(SCORE_STEP * dim)) {
         let len = keys.len().min(SCORE_BLOCK * dim);
         let (keys, values) = (&keys[..len], &values[..len]);
-        let mut scores = [0.0f32; SCORE_BLOCK];
-        let weights = &mut scores[..keys.len() / dim];
-        score(query, keys, weights);
+        let mut weights = [f32::NEG_INFINITY; SCORE_BLOCK];
+        score(query, keys, &mut weights[..len / dim]);
         let mut block_largest = largest;
-        for score in weights.iter_mut() {
+        for score in &mut weights {
             *score *= scale;
             block_largest = block_largest.max(*score);
         }
         let keep = exp(largest - block_largest);
         largest = block_largest;
-        total *= keep;
-        for weight in weights.iter_mut() {
-            *weight = exp(*weight - largest);
-            total += *weight;
+        let mut sums = [0.0; VECTOR];
+        for weights in weights.chunks_exact_mut(VECTOR) {
+            for (weight, sum) in weights.iter_mut().zip(&mut sums) {
+                *weight = exp(*weight - largest);
+                *sum += *weight;
+            }
         }
-        let mut first = 0;
-        while first + 4 * VECTOR <= dim {
-            accumulate::<4>(out, first, keep, weights, values);
-            first += 4 * VECTOR;
-        }
-        while first + VECTOR <= dim {
-            accumulate::<1>(out, first, keep, weights, values);
-            first += VECTOR;
-        }
-        let rest = &mut out[first..];
-        for value in rest.iter_mut() {
-            *value *= keep;
-        }
-        for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
-            add_scaled(rest, &value[first..], *weight);
-        }
+        total = total * keep + fold_vector(sums);
+        add_values(out, keep, &weights[..len / dim], values);
     }
     (largest, total)
+}
+
+/// `out = out * keep + sum of weights[i] * values[i]`, in the order of `i`.
+#[inline(always)]
+fn add_values(out: &mut [f32], keep: f32, weights: &[f32], values: &[f32]) {
+    let (dim, mut first) = (out.len(), 0);
+    while first + 4 * VECTOR <= dim {
+        accumulate::<4>(out, first, keep, weights, values);
+        first += 4 * VECTOR;
+    }
+    while first + VECTOR <= dim {
+        accumulate::<1>(out, first, keep, weights, values);
+        first += VECTOR;
+    }
+    let rest = &mut out[first..];
+    for value in rest.iter_mut() {
+        *value *= keep;
+    }
+    for (weight, value) in weights.iter().zip(values.chunks_exact(dim)) {
+        add_scaled(rest, &value[first..], *weight);
+    }
 }
 
 #[inline(always)]
@@ -333,6 +368,10 @@ pub(super) fn widen(address: u64, format: WeightFormat, first: u64, out: &mut [f
     }
 }
 
+/// Taylor's coefficients of `e^x`, from that of `x^6` down.
+pub(super) const EXP_TERMS: [f32; 7] =
+    [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
 /// Reduction by `ln 2` in two parts, then the degree-6 Taylor polynomial on `|r| <= ln(2)/2`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
@@ -347,9 +386,9 @@ pub(super) fn exp(x: f32) -> f32 {
     let power = x.mul_add(std::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
     let rest = power.mul_add(-0.693_359_4, x);
     let rest = power.mul_add(2.121_944_4e-4, rest);
-    let mut sum = 1.0f32 / 720.0;
-    for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        sum = sum.mul_add(rest, term);
+    let mut sum = EXP_TERMS[0];
+    for term in &EXP_TERMS[1..] {
+        sum = sum.mul_add(rest, *term);
     }
     sum * f32::from_bits(((power as i32 + 127) as u32) << 23)
 }

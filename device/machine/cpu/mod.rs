@@ -121,11 +121,12 @@ primitive! {
     silu_mul(gate: &mut [f32], up: &[f32]) = lanes::silu_mul
 }
 primitive! {
-    /// One query against the positions of a split, `[positions, query.len()]` from its first to the
-    /// query's own: leaves the weighted sum of values in `out` and returns the largest score and the
-    /// sum of weights.
-    attend(query: &[f32], keys: &[f32], values: &[f32], scale: f32, out: &mut [f32]) -> (f32, f32)
-        = lanes::attend
+    /// Queries `[query_count, dim]`, `dim` apart, against the positions of a split, `[positions, dim]`
+    /// from its first to the queries' own: leaves the weighted sum of values in each row of `out`,
+    /// and after it the largest score and the sum of weights.
+    attend(
+        queries: Rows, query_count: usize, keys: &[f32], values: &[f32], scale: f32, out: Rows
+    ) = lanes::attend, avx512::attend::attend
 }
 primitive! {
     /// `out += x * scale`.

@@ -228,19 +228,15 @@ impl Machine for Thread {
         let count = split.position as usize + 1 - first;
         let [keys, values] =
             [split.keys, split.values].map(|plane| plane.sub(first * dim, count * dim));
-        for row in 0..split.query_count {
-            let (query, out) = (split.queries.row(row, dim), split.out.row(row, dim + 2));
-            let (largest, total) = super::attend(
-                self.isa,
-                query.as_slice(),
-                keys.as_slice(),
-                values.as_slice(),
-                split.scale,
-                out.sub(0, dim).as_mut_slice(),
-            );
-            out.write(dim, largest);
-            out.write(dim + 1, total);
-        }
+        super::attend(
+            self.isa,
+            split.queries,
+            split.query_count,
+            keys.as_slice(),
+            values.as_slice(),
+            split.scale,
+            split.out,
+        );
     }
 
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {
