@@ -16,4 +16,5 @@ pub mod event;
 pub mod machine;
 pub mod ops;
 pub mod queue;
+pub mod takeover;
 pub mod worker;

@@ -1,8 +1,8 @@
-//! The worker loop: claim, stage, wait, run, signal.
+//! The worker loop: stage, wait, claim, run, signal.
 //!
 //! Tasks are listed in an order in which each depends only on earlier ones. A worker claims in that
 //! order and finishes what it claimed in the order of its claims, so the oldest unfinished task can
-//! always run. While its own task waits, a worker of a machine that allows it runs tasks of other
+//! always run. While its next task waits, a worker of a machine that allows it runs tasks of other
 //! queues that are ready: they finish without waiting, so the argument holds.
 
 use core::cell::Cell;
@@ -43,6 +43,19 @@ impl<'a> Claim<'a> {
     pub fn new(task: &'a Task, task_idx: u32, epoch: u32) -> Claim<'a> {
         Claim { task, task_idx, epoch, is_stolen: false }
     }
+
+    /// A task of another worker.
+    #[inline(always)]
+    pub(crate) fn stolen(task: &'a Task, task_idx: u32, epoch: u32) -> Claim<'a> {
+        Claim { task, task_idx, epoch, is_stolen: true }
+    }
+}
+
+/// A task that a worker may claim: a queue, and the cursor at which it was seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    queue_idx: u32,
+    cursor: Cursor,
 }
 
 /// What a worker knows from one task to the next.
@@ -78,6 +91,8 @@ pub struct Worker<'a, M: Machine> {
     kept_epoch: Cell<u32>,
     complete: Cell<EventId>,
     trace_count: Cell<u32>,
+    /// Another worker has committed the task that this one has run.
+    pub(crate) has_lost: Cell<bool>,
 }
 
 impl<'a, M: Machine> Worker<'a, M> {
@@ -102,6 +117,7 @@ impl<'a, M: Machine> Worker<'a, M> {
             kept_epoch: Cell::new(progress.kept_epoch),
             complete: Cell::new(progress.complete),
             trace_count: Cell::new(progress.trace_count),
+            has_lost: Cell::new(false),
         }
     }
 
@@ -116,21 +132,26 @@ impl<'a, M: Machine> Worker<'a, M> {
         }
     }
 
-    /// Claims, stages and computes in turns until the device stops: the loop of a machine whose
+    /// Stages, claims and computes in turns until the device stops: the loop of a machine whose
     /// workers are one thread each.
+    ///
+    /// A task is claimed when it can run, so that a worker which loses its core while it waits holds
+    /// nothing that others could do.
     pub fn run(&self) {
         if self.begin().is_err() {
             return;
         }
-        while let Some(claim) = self.claim_next() {
-            let claimed_ns = self.trace_ns();
+        while let Some((offer, claim)) = self.next() {
+            let seen_ns = self.trace_ns();
             // A task's weights are requested while the one before it runs.
-            if let Some((_, next_idx, _)) = self.head(self.worker_idx) {
-                self.machine.stage(self.task(next_idx));
-            }
+            let span = self.span(offer.queue_idx);
+            let after = self.entry(span, offer.cursor.next(span.count).position);
+            self.machine.stage(self.task(after));
             let staged_ns = self.trace_ns();
-            let done = self.wait(&claim).and_then(|()| self.execute(&claim, claimed_ns, staged_ns));
-            if done.is_err() {
+            if self.wait(&claim, || !self.is_open(&offer)).is_err() {
+                return;
+            }
+            if self.take(&offer) && self.execute(&claim, seen_ns, staged_ns).is_err() {
                 return;
             }
         }
@@ -179,7 +200,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     }
 
     #[inline(always)]
-    fn cursor(&self, queue_idx: u32) -> &'a CursorCounter {
+    pub(crate) fn cursor(&self, queue_idx: u32) -> &'a CursorCounter {
         check!(queue_idx <= self.header.worker_count);
         let offset = self.header.plan.cursors + u64::from(queue_idx) * CURSOR_STRIDE_BYTES;
         // SAFETY: one of the header's cursors; the region holds nothing but counters.
@@ -203,82 +224,80 @@ impl<'a, M: Machine> Worker<'a, M> {
 
     /// The task at a position of a queue.
     #[inline(always)]
-    fn entry(&self, span: QueueSpan, position: u32) -> u32 {
+    pub(crate) fn entry(&self, span: QueueSpan, position: u32) -> u32 {
         let address = self.header.queue_entries + u64::from(span.first) * 4;
         // SAFETY: the spans cover the list of entries, by the contract of `Worker::new`.
         unsafe { Span::<u32>::new(address, span.count as usize) }.read(position as usize)
     }
 
     #[inline(always)]
-    fn task(&self, task_idx: u32) -> &'a Task {
+    pub(crate) fn task(&self, task_idx: u32) -> &'a Task {
         check!(task_idx < self.header.task_count);
         let address = self.header.tasks + u64::from(task_idx) * size_of::<Task>() as u64;
         // SAFETY: one of the header's tasks, which nobody writes, by the contract of `Worker::new`.
         unsafe { &*(address as *const Task) }
     }
 
-    /// The task at a queue's cursor, not claimed; its program order is `(epoch, task_idx)`.
-    #[inline(always)]
-    fn head(&self, queue_idx: u32) -> Option<(Cursor, u32, u32)> {
+    /// The earlier of the own queue's next task and the shared queue's, not claimed; none if both are
+    /// empty for good.
+    pub fn next(&self) -> Option<(Offer, Claim<'a>)> {
+        let shared = self.header.worker_count;
+        let (own, other) = (self.offer(self.worker_idx), self.offer(shared));
+        match (own, other) {
+            (Some((_, mine)), Some((_, theirs)))
+                if comes_before(theirs.epoch, theirs.task_idx, mine.epoch, mine.task_idx) =>
+            {
+                other
+            }
+            (None, _) => other,
+            _ => own,
+        }
+    }
+
+    /// The next task of a queue.
+    fn offer(&self, queue_idx: u32) -> Option<(Offer, Claim<'a>)> {
         let span = self.span(queue_idx);
         if span.count == 0 {
             return None;
         }
         let cursor = queue::peek(self.cursor(queue_idx));
-        Some((cursor, self.entry(span, cursor.position), span.count))
+        let task_idx = self.entry(span, cursor.position);
+        let claim = Claim::new(self.task(task_idx), task_idx, cursor.epoch);
+        Some((Offer { queue_idx, cursor }, claim))
     }
 
-    /// Claims the earlier of the own queue's next task and the shared queue's; none if both are
-    /// empty for good.
-    #[inline(always)]
-    pub fn claim_next(&self) -> Option<Claim<'a>> {
-        let shared = self.header.worker_count;
-        loop {
-            let queue_idx = match (self.head(self.worker_idx), self.head(shared)) {
-                (None, None) => return None,
-                (Some(_), None) => self.worker_idx,
-                (None, Some(_)) => shared,
-                (Some((own, own_task, _)), Some((other, other_task, _))) => {
-                    if comes_before(own.epoch, own_task, other.epoch, other_task) {
-                        self.worker_idx
-                    } else {
-                        shared
-                    }
-                }
-            };
-            if let Some(claim) = self.claim_from(queue_idx, false) {
-                return Some(claim);
-            }
-        }
+    /// Whether nobody has claimed it.
+    fn is_open(&self, offer: &Offer) -> bool {
+        queue::peek(self.cursor(offer.queue_idx)) == offer.cursor
     }
 
-    #[inline(always)]
-    fn claim_from(&self, queue_idx: u32, is_stolen: bool) -> Option<Claim<'a>> {
-        let (cursor, task_idx, count) = self.head(queue_idx)?;
-        let task = self.task(task_idx);
-        if is_stolen && !self.is_ready(task, cursor.epoch) {
-            return None;
-        }
-        let is_mine = queue::claim(self.cursor(queue_idx), cursor, count);
-        is_mine.then_some(Claim { task, task_idx, epoch: cursor.epoch, is_stolen })
+    /// Claims a task, unless somebody else has.
+    pub fn take(&self, offer: &Offer) -> bool {
+        let span = self.span(offer.queue_idx);
+        queue::claim(self.cursor(offer.queue_idx), offer.cursor, span.count)
     }
 
     /// Whether the task may run at once. `Admit` may wait for the host, so it is never "ready".
     #[inline(always)]
-    fn is_ready(&self, task: &Task, epoch: u32) -> bool {
+    pub(crate) fn is_ready(&self, task: &Task, epoch: u32) -> bool {
         task.opcode != Opcode::Admit as u16
             && task.wait_event.is_some()
             && event::poll(self.event(task.wait_event), target(task.wait_count, epoch))
     }
 
-    /// Waits for a task's input event; runs ready tasks of other queues meanwhile. Collective.
+    /// Waits for a task's input event, or until `is_moot`; runs ready tasks of other queues meanwhile.
+    /// Collective.
     #[inline(always)]
-    pub fn wait(&self, claim: &Claim) -> Result<(), Stopped> {
+    pub fn wait(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
         let wait_event = claim.task.wait_event;
         let is_complete = self.complete.get() == wait_event && self.kept_epoch.get() == claim.epoch;
         if wait_event.is_some() && !is_complete {
-            if self.machine.lead(|| u32::from(self.wait_leading(claim).is_err())) != 0 {
+            let wait = || u32::from(self.wait_leading(claim, &is_moot).is_err());
+            if self.machine.lead(wait) != 0 {
                 return Err(Stopped);
+            }
+            if is_moot() {
+                return Ok(());
             }
             self.complete.set(wait_event);
         }
@@ -291,14 +310,14 @@ impl<'a, M: Machine> Worker<'a, M> {
     }
 
     #[inline(always)]
-    fn wait_leading(&self, claim: &Claim) -> Result<(), Stopped> {
+    fn wait_leading(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
         // `Admit` waits for the previous step's end.
         let is_admit = claim.task.opcode == Opcode::Admit as u16;
         let epoch = if is_admit { claim.epoch.wrapping_sub(1) } else { claim.epoch };
         let goal = target(claim.task.wait_count, epoch);
         let counter = self.event(claim.task.wait_event);
         // No deadline yet: zero. An `Option` would be two words, one of them undefined at times.
-        let (mut idle_looks, mut deadline_ns) = (0u32, 0u64);
+        let (mut idle_looks, mut deadline_ns, mut since_ns) = (0u32, 0u64, 0u64);
         loop {
             for _ in 0..self.header.polls_per_look {
                 if event::poll(counter, goal) {
@@ -309,8 +328,11 @@ impl<'a, M: Machine> Worker<'a, M> {
             if self.has_stopped() {
                 return Err(Stopped);
             }
-            if M::IS_STEALABLE && self.steal()? {
-                (idle_looks, deadline_ns) = (0, 0);
+            if is_moot() {
+                return Ok(());
+            }
+            if M::IS_STEALABLE && (self.steal()? || self.take_over(&mut since_ns)?) {
+                (idle_looks, deadline_ns, since_ns) = (0, 0, 0);
                 continue;
             }
             if !is_admit && self.has_begun(claim.epoch) {
@@ -332,7 +354,9 @@ impl<'a, M: Machine> Worker<'a, M> {
     fn steal(&self) -> Result<bool, Stopped> {
         for step in 1..self.header.worker_count {
             let victim = (self.worker_idx + step) % self.header.worker_count;
-            if let Some(claim) = self.claim_from(victim, true) {
+            let Some((offer, claim)) = self.offer(victim) else { continue };
+            if self.is_ready(claim.task, claim.epoch) && self.take(&offer) {
+                let claim = Claim { is_stolen: true, ..claim };
                 let now_ns = self.trace_ns();
                 self.execute(&claim, now_ns, now_ns)?;
                 return Ok(true);
@@ -424,6 +448,9 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// Signals what a task's op has done. Collective.
     #[inline(always)]
     pub fn finish(&self, claim: &Claim) {
+        if M::IS_STEALABLE && self.has_lost.replace(false) {
+            return self.record_end();
+        }
         // After this every lane's stores are ordered before the leader's signal.
         self.machine.sync();
         if self.machine.lane_idx() == 0 {

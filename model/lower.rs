@@ -107,13 +107,14 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
     }
     let mut dims = dims(config, options);
     check_dims(&dims, options.worker_count.into())?;
-    // Events and scratch, whose sizes only the tasks tell, follow every region that a task names.
-    let draft = HeapPlan::new(&dims, options.worker_count, 0);
+    // Regions whose sizes only the tasks tell follow every region that a task names.
+    let draft = HeapPlan::new(&dims, options.worker_count, 0, 0);
     let graph = Graph::new(config);
     let Builder { tasks, names, homes, event_arrivals, rows_max, .. } =
         Builder::new(options, &dims, &draft).build(&graph);
     dims.task_rows_max = rows_max;
-    let plan = HeapPlan::new(&dims, options.worker_count, event_arrivals.len() as u32);
+    let (event_count, task_count) = (event_arrivals.len() as u32, tasks.len() as u32);
+    let plan = HeapPlan::new(&dims, options.worker_count, event_count, task_count);
     let (queue_spans, queue_entries) = queues(&homes, options.worker_count);
     let program = Program {
         tasks,

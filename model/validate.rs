@@ -98,7 +98,8 @@ fn check_sizes(program: &Program) -> Result<(), ValidateError> {
         return Err(ValidateError::Count { what: "names of tasks", found, expected });
     }
     let event_count = program.event_arrivals.len() as u32;
-    if program.plan != HeapPlan::new(dims, worker_count as u32, event_count) {
+    let task_count = program.tasks.len() as u32;
+    if program.plan != HeapPlan::new(dims, worker_count as u32, event_count, task_count) {
         return Err(ValidateError::Plan);
     }
     // Heap offsets and names of weights share the references of a task.

@@ -140,6 +140,8 @@ pub struct HeapPlan {
     pub sample: u64,
     /// Event counters, `EVENT_STRIDE_BYTES` apart.
     pub events: u64,
+    /// `[task_count] u64`: the step in which each linear task was last committed.
+    pub commits: u64,
     /// `[worker_count]` scratches of `Dims::scratch_bytes`.
     pub scratch: u64,
     /// The KV cache, see `KvGeometry`.
@@ -149,11 +151,16 @@ pub struct HeapPlan {
 }
 
 /// Number of regions in a heap.
-pub const REGION_COUNT: usize = 16;
+pub const REGION_COUNT: usize = 17;
 
 impl HeapPlan {
-    /// Lays out a heap for `worker_count` workers.
-    pub const fn new(dims: &Dims, worker_count: u32, event_count: u32) -> HeapPlan {
+    /// Lays out a heap for `worker_count` workers and a program of as many events and tasks.
+    pub const fn new(
+        dims: &Dims,
+        worker_count: u32,
+        event_count: u32,
+        task_count: u32,
+    ) -> HeapPlan {
         let kv = &dims.kv;
         let tokens = dims.step_tokens_max as u64;
         let slots = kv.slot_count as u64;
@@ -173,6 +180,7 @@ impl HeapPlan {
             tokens * dims.vocab_size as u64 * 4,
             dims.sample_bins_offset() + SAMPLE_BIN_COUNT * 8,
             event_count as u64 * EVENT_STRIDE_BYTES,
+            task_count as u64 * 8,
             worker_count as u64 * dims.scratch_bytes(),
             kv.value_count() * 4,
         ];
@@ -197,9 +205,10 @@ impl HeapPlan {
             logits: offsets[11],
             sample: offsets[12],
             events: offsets[13],
-            scratch: offsets[14],
-            kv: offsets[15],
-            total_bytes: offsets[16],
+            commits: offsets[14],
+            scratch: offsets[15],
+            kv: offsets[16],
+            total_bytes: offsets[17],
         }
     }
 
@@ -220,6 +229,7 @@ impl HeapPlan {
             ("logits", self.logits),
             ("sample", self.sample),
             ("events", self.events),
+            ("commits", self.commits),
             ("scratch", self.scratch),
             ("kv", self.kv),
             ("end", self.total_bytes),
@@ -305,7 +315,7 @@ mod tests {
             },
             ..Dims::default()
         };
-        let plan = HeapPlan::new(&dims, 3, 17);
+        let plan = HeapPlan::new(&dims, 3, 17, 5);
         let regions = plan.regions();
         for pair in regions.windows(2) {
             assert!(pair[0].1 < pair[1].1, "{} before {}", pair[0].0, pair[1].0);

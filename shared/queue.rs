@@ -49,6 +49,20 @@ impl Cursor {
         Cursor { epoch: (word >> 32) as u32, position: word as u32 }
     }
 
+    /// The claim `back` before this one in a queue of `count` entries, at least `back`; none before
+    /// the first step.
+    #[inline]
+    pub const fn before(self, back: u32, count: u32) -> Option<Cursor> {
+        if back <= self.position {
+            Some(Cursor { epoch: self.epoch, position: self.position - back })
+        } else if self.epoch == Cursor::START.epoch {
+            None
+        } else {
+            let position = self.position + count - back;
+            Some(Cursor { epoch: self.epoch.wrapping_sub(1), position })
+        }
+    }
+
     /// The claim after this one in a queue of `count` entries.
     #[inline]
     pub const fn next(self, count: u32) -> Cursor {
@@ -77,7 +91,10 @@ mod tests {
         for epoch in 1..4 {
             for position in 0..5 {
                 assert_eq!(Cursor::unpack(cursor.pack()), Cursor { epoch, position });
-                cursor = cursor.next(5);
+                let next = cursor.next(5);
+                assert_eq!(next.before(1, 5), Some(cursor));
+                assert_eq!(next.next(5).before(2, 5), Some(cursor));
+                cursor = next;
             }
         }
         let last = Cursor { epoch: u32::MAX, position: 4 };

@@ -11,12 +11,17 @@ use crate::worker::{Claim, Worker};
 
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+    if worker.is_too_late(claim) {
+        return;
+    }
     let args = LinearArgs::unpack(claim.task);
     let step_view = super::step(worker);
     let step = step_view.get(0);
     let row_count = step.row_count(args.token_rows) as usize;
     if row_count == 0 {
-        return worker.machine.discard(claim.task);
+        worker.machine.discard(claim.task);
+        worker.commit(claim);
+        return;
     }
     let task = claim.task;
     worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
@@ -24,7 +29,9 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
-    store(worker, task, y, row_count);
+    if worker.commit(claim) {
+        store(worker, task, y, row_count);
+    }
 }
 
 /// The input rows after the prologue.

@@ -15,7 +15,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use loom::thread;
 use tilert_mk_device::machine::{CursorCounter, EventCounter, HostCounter};
-use tilert_mk_device::{event, queue};
+use tilert_mk_device::{event, queue, takeover};
 use tilert_mk_shared::event::{is_reached, target};
 use tilert_mk_shared::queue::Cursor;
 
@@ -291,6 +291,80 @@ fn three_workers_claim_each_task_once() {
 #[should_panic(expected = "each entry of each step once")]
 fn a_claim_that_is_not_atomic_is_caught() {
     claim_all::<TornClaim>(2, 2, 1);
+}
+
+/// A way to commit a task once.
+trait Commits: Send + Sync + 'static {
+    fn new() -> Self;
+    fn commit(&self, epoch: u32) -> bool;
+}
+
+/// `device/takeover.rs`.
+impl Commits for CursorCounter {
+    fn new() -> Self {
+        CursorCounter::new(0)
+    }
+
+    fn commit(&self, epoch: u32) -> bool {
+        takeover::commit(self, epoch)
+    }
+}
+
+/// Looks, then stores.
+struct TornCommit(AtomicU64);
+
+impl Commits for TornCommit {
+    fn new() -> Self {
+        TornCommit(AtomicU64::new(0))
+    }
+
+    fn commit(&self, epoch: u32) -> bool {
+        let is_mine = self.0.load(Ordering::Relaxed) < u64::from(epoch);
+        if is_mine {
+            self.0.store(epoch.into(), Ordering::Relaxed);
+        }
+        is_mine
+    }
+}
+
+/// Two workers run the same task of two steps; one of them also begins each step and reads its
+/// result. The output is plain memory: the checker objects if both store.
+fn take_over<C: Commits>() {
+    check_bounded(|| {
+        let [begin, done] = [0; 2].map(EventCounter::new);
+        let shared = Arc::new((C::new(), Plain::new(), begin, done));
+        let run = |(commits, out, begin, done): &(C, Plain, EventCounter, EventCounter), epoch| {
+            begin.wait(target(1, epoch));
+            if commits.commit(epoch) {
+                out.write(out.read() + epoch);
+                event::signal(done);
+            }
+        };
+        let other = {
+            let shared = shared.clone();
+            thread::spawn(move || (1..=2).for_each(|epoch| run(&shared, epoch)))
+        };
+        let (_, out, begin, done) = &*shared;
+        for (epoch, sum) in [(1, 1), (2, 3)] {
+            event::signal(begin);
+            run(&shared, epoch);
+            done.wait(target(1, epoch));
+            assert_eq!(out.read(), sum, "the task's results are added once");
+        }
+        other.join().unwrap();
+        assert_eq!(done.load_relaxed(), 2, "each step is signalled once");
+    });
+}
+
+#[test]
+fn a_task_that_two_workers_run_is_committed_by_one() {
+    take_over::<CursorCounter>();
+}
+
+#[test]
+#[should_panic]
+fn a_commit_that_is_not_atomic_is_caught() {
+    take_over::<TornCommit>();
 }
 
 /// Two workers share a queue whose three tasks are a chain that ends where it begins: one writes,

@@ -82,8 +82,8 @@ struct ModelArgs {
     /// Precision of activations and sums.
     #[arg(long, value_enum, default_value_t = Compute::Exact)]
     compute: Compute,
-    /// Keep the CPU's workers from sleeping, and pin each to a core if there are enough: the next
-    /// request begins at once, at the price of the cores' power.
+    /// Keep the CPU's workers from sleeping, and pin them to cores even if there are fewer than cores:
+    /// the next request begins at once, at the price of the cores' power.
     #[arg(long)]
     busy_poll: bool,
 }

@@ -29,8 +29,7 @@ pub struct CpuDevice {
 }
 
 impl CpuDevice {
-    /// The cores that this process may use. Workers that poll busily never sleep, and each is pinned
-    /// to a core of its own if there are enough.
+    /// The cores that this process may use. Workers that poll busily never sleep.
     pub fn new(polls_busily: bool) -> CpuDevice {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         let profile = Profile {
@@ -50,8 +49,14 @@ impl CpuDevice {
 }
 
 /// A core for each worker; none if there are not enough, or the system does not tell.
-fn cores_for(worker_count: u32) -> Option<Vec<CoreId>> {
-    core_affinity::get_core_ids().filter(|cores| cores.len() >= worker_count as usize)
+///
+/// Workers of all cores are always pinned: the system else puts two on one while something runs on
+/// another, and each waits for the other's time slice. Fewer are pinned if they poll busily: the
+/// system finds the better cores for those that do not.
+fn cores_for(worker_count: u32, polls_busily: bool) -> Option<Vec<CoreId>> {
+    let cores = core_affinity::get_core_ids()?;
+    let (wanted, found) = (worker_count as usize, cores.len());
+    (wanted == found || wanted < found && polls_busily).then_some(cores)
 }
 
 /// Zeroed memory, in huge pages where the system has them.
@@ -98,7 +103,7 @@ impl Device for CpuDevice {
     }
 
     fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
-        let cores = if self.polls_busily { cores_for(header.worker_count) } else { None };
+        let cores = cores_for(header.worker_count, self.polls_busily);
         for worker_idx in 0..header.worker_count {
             let (header, mut machine) = (*header, self.machine);
             let core = cores.as_ref().and_then(|cores| cores.get(worker_idx as usize)).copied();
@@ -106,12 +111,12 @@ impl Device for CpuDevice {
             let handle = std::thread::Builder::new()
                 .name(format!("worker {worker_idx}"))
                 .spawn(move || {
-                    if polls_busily {
-                        machine.idling = match core.is_some_and(core_affinity::set_for_current) {
-                            true => Idling::Spin,
-                            false => Idling::Yield,
-                        };
-                    }
+                    let is_pinned = core.is_some_and(core_affinity::set_for_current);
+                    machine.idling = match (polls_busily, is_pinned) {
+                        (false, _) => Idling::Park,
+                        (true, false) => Idling::Yield,
+                        (true, true) => Idling::Spin,
+                    };
                     // SAFETY: the engine keeps all memory until `join` has joined this thread.
                     let worker =
                         unsafe { Worker::new(&header, worker_idx, &machine, Progress::NONE) };

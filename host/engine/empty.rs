@@ -97,7 +97,8 @@ impl Engine {
         loop {
             let begin = Instant::now();
             for _ in 0..batch {
-                let _ = black_box(worker.claim_next());
+                let claim = worker.next().map(|(offer, _)| worker.take(&offer));
+                let _ = black_box(claim);
             }
             if !on_batch(begin.elapsed()) {
                 return Ok(());

@@ -49,7 +49,12 @@ pub fn lower_empty(
     let (queue_spans, queue_entries) = queues(&steps.homes, workers);
     let sized = lower(config, options)?;
     let program = Program {
-        plan: HeapPlan::new(&sized.dims, workers, steps.arrivals.len() as u32),
+        plan: HeapPlan::new(
+            &sized.dims,
+            workers,
+            steps.arrivals.len() as u32,
+            steps.tasks.len() as u32,
+        ),
         tasks: steps.tasks,
         names: steps.names,
         event_arrivals: steps.arrivals,

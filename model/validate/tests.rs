@@ -147,7 +147,7 @@ fn thresholds_are_exact() {
         let event_count = p.event_arrivals.len() as u32;
         let at = find(p, name);
         (p.tasks[at].wait_event, p.tasks[at].wait_count) = (EventId(event_count - 1), 0);
-        p.plan = HeapPlan::new(&p.dims, 2, event_count);
+        p.plan = HeapPlan::new(&p.dims, 2, event_count, p.tasks.len() as u32);
     });
     refused!(never, E::WaitCount { arrivals: 0, .. });
 }

@@ -53,8 +53,8 @@ impl Rows {
     /// Products with an input whose values are off by `x_error`, plus biases.
     fn apply(&self, case: &Case, x: &[f32], x_error: &[f64]) -> Vec<Near> {
         let products = reference::matvec(&self.values, x);
-        // 16 lanes of fused multiply-adds, four additions that fold them, and the twin's rounding.
-        let sum_units = f64::from(case.in_dim) / 16.0 + 1.0 + 4.0 + 1.0;
+        // 32 lanes of fused multiply-adds, five additions that fold them, and the twin's rounding.
+        let sum_units = f64::from(case.in_dim) / 32.0 + 1.0 + 5.0 + 1.0;
         let rows = self.values.chunks(x.len()).zip(products).zip(&self.bias_values);
         rows.map(|((row, product), bias)| {
             let mut error = 0.0;
@@ -133,7 +133,7 @@ fn hidden(rig: &Rig, case: &Case, random: &mut Random, norm: &[f32]) -> Inputs {
             let normed = reference::rms_norm(x, norm, eps);
             // Half the error of the sum of squares, through the root; then the mean, eps, root,
             // inverse, two products and the twin's rounding.
-            let units = (f64::from(case.in_dim) / 16.0 + 5.0) / 2.0 + 7.0;
+            let units = (f64::from(case.in_dim) / 32.0 + 6.0) / 2.0 + 7.0;
             let errors = normed.iter().map(|v| f64::from(v.abs()) * units * UNIT).collect();
             (normed, errors)
         }

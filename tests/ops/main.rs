@@ -10,6 +10,7 @@ mod attention;
 mod linear;
 mod rig;
 mod sample;
+mod takeover;
 
 use rig::{Random, Rig, dims, matrix};
 use tilert_mk_model::reference;

@@ -1,18 +1,22 @@
 //! The smallest program around one task: a heap, a mailbox and a worker that nobody helps.
 
+use std::cell::Cell;
 use std::time::Instant;
 
 use half::{bf16, f16};
+use tilert_mk_device::machine::EventCounter;
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::worker::{Claim, Progress, Worker};
 use tilert_mk_shared::ABI_VERSION;
+use tilert_mk_shared::event::{EVENT_STRIDE_BYTES, EventId};
 use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::STEP_TOKENS_MAX;
 use tilert_mk_shared::mailbox::Mailbox;
 use tilert_mk_shared::program::{Dims, HeapPlan, ProgramHeader, SAMPLE_BIN_COUNT};
+use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sequence::{NO_LOGITS, StepState, StepToken};
 use tilert_mk_shared::task::{Task, WeightFormat};
 
@@ -20,6 +24,8 @@ use tilert_mk_shared::task::{Task, WeightFormat};
 pub(crate) const UNIT: f64 = 1.0 / (1u64 << 24) as f64;
 pub(crate) const FORMATS: [WeightFormat; 3] =
     [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
+/// Tasks of a run, at most.
+const RUN_TASKS_MAX: u32 = 64;
 const ISAS: [Isa; 3] = [Isa::Avx512, Isa::Avx2, Isa::Portable];
 
 /// Numbers that are the same in every run: SplitMix64.
@@ -114,16 +120,18 @@ pub(crate) fn dims(hidden_dim: u32, heads: [u32; 3], context_max: u32) -> Dims {
     }
 }
 
-/// A program of one worker.
+/// A program of one worker, or of two that take turns.
 pub(crate) struct Rig {
     pub(crate) header: ProgramHeader,
     machine: Thread,
+    /// Steps that have been run.
+    epoch: Cell<u32>,
     _memory: [Memory; 3],
 }
 
 impl Rig {
-    fn new(dims: &Dims, isa: Isa) -> Rig {
-        let plan = HeapPlan::new(dims, 1, 1);
+    pub(crate) fn new(dims: &Dims, isa: Isa) -> Rig {
+        let plan = HeapPlan::new(dims, 2, 2, RUN_TASKS_MAX);
         let memory =
             [plan.total_bytes, size_of::<Mailbox>() as u64, size_of::<FaultRecord>() as u64]
                 .map(Memory::new);
@@ -131,7 +139,8 @@ impl Rig {
         let header = ProgramHeader {
             abi_version: ABI_VERSION,
             worker_count: 1,
-            event_count: 1,
+            event_count: 2,
+            task_count: RUN_TASKS_MAX,
             heap,
             mailbox,
             fault,
@@ -140,7 +149,7 @@ impl Rig {
             ..ProgramHeader::default()
         };
         let machine = Thread { isa, idling: Idling::Park, clock: Instant::now() };
-        Rig { header, machine, _memory: memory }
+        Rig { header, machine, epoch: Cell::new(0), _memory: memory }
     }
 
     /// Runs `test` on a new program for each instruction set.
@@ -155,6 +164,48 @@ impl Rig {
         // SAFETY: the only worker; the rig owns the memory that the header names, and tests keep
         // what their tasks name.
         unsafe { Worker::new(&self.header, 0, &self.machine, Progress::NONE) }
+    }
+
+    /// Makes it a program of two workers whose queues are at these addresses.
+    pub(crate) fn run_for_two(&mut self, tasks: u64, queue_spans: u64, queue_entries: u64) {
+        let (worker_count, polls_per_look, wait_ns_max) = (2, 4, 10_000_000_000);
+        let [heap, plan] = [self.header.heap, self.header.plan.cursors];
+        for queue_idx in 0..=u64::from(worker_count) {
+            // SAFETY: a cursor of the rig's heap, which no worker knows yet.
+            let cursor = unsafe { Span::new(heap + plan + queue_idx * CURSOR_STRIDE_BYTES, 1) };
+            cursor.write(0, Cursor::START.pack());
+        }
+        self.header = ProgramHeader {
+            worker_count,
+            polls_per_look,
+            wait_ns_max,
+            tasks,
+            queue_spans,
+            queue_entries,
+            ..self.header
+        };
+    }
+
+    /// One of two workers.
+    pub(crate) fn worker_of_two(&self, worker_idx: u32) -> Worker<'_, Thread> {
+        // SAFETY: as in `worker`; the two take turns on one thread.
+        unsafe { Worker::new(&self.header, worker_idx, &self.machine, Progress::NONE) }
+    }
+
+    fn event(&self, event: EventId) -> &EventCounter {
+        let offset = self.header.plan.events + u64::from(event.0) * EVENT_STRIDE_BYTES;
+        // SAFETY: an event of the rig's heap, which is only a counter.
+        unsafe { EventCounter::at(self.header.heap + offset) }
+    }
+
+    /// Adds one arrival.
+    pub(crate) fn signal(&self, event: EventId) {
+        tilert_mk_device::event::signal(self.event(event));
+    }
+
+    /// Arrivals so far.
+    pub(crate) fn arrivals(&self, event: EventId) -> u32 {
+        self.event(event).load_relaxed()
     }
 
     /// Values of the heap.
@@ -194,8 +245,9 @@ impl Rig {
     /// Runs tasks of one step after each other on one worker.
     pub(crate) fn run_all(&self, tasks: &[Task]) {
         let worker = self.worker();
+        self.epoch.set(self.epoch.get() + 1);
         for (task, idx) in tasks.iter().zip(0..) {
-            let claim = Claim::new(task, idx, 1);
+            let claim = Claim::new(task, idx, self.epoch.get());
             worker.execute(&claim, 0, 0).expect("nobody stops the worker");
         }
     }

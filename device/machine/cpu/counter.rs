@@ -46,7 +46,7 @@ counter! {
     HostCounter, AtomicU32, u32
 }
 counter! {
-    /// A queue's cursor.
+    /// A queue's cursor, or the step of a task's commit.
     CursorCounter, AtomicU64, u64
 }
 

@@ -75,7 +75,7 @@ fn turn() -> bool {
     }
     let now_ns = worker.trace_ns();
     let claim = Claim::new(task, task_idx, epoch);
-    if worker.wait(&claim).is_err() {
+    if worker.wait(&claim, || false).is_err() {
         return false;
     }
     worker.start(&claim, now_ns, now_ns);
