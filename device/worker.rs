@@ -384,6 +384,12 @@ impl<'a, M: Machine> Worker<'a, M> {
         Err(Stopped)
     }
 
+    /// Leaves a fault record about a task whose staged weights do not arrive. For one lane.
+    pub fn miss_weights(&self, task_idx: u32, epoch: u32) {
+        let claim = Claim::new(self.task(task_idx), task_idx, epoch);
+        self.fault(FaultCode::WeightsTimeout, Some(&claim), 0, 0);
+    }
+
     /// Leaves a fault record, unless another worker has, and stops the device. For the leader.
     #[inline(always)]
     fn fault(&self, code: FaultCode, claim: Option<&Claim>, expected: u32, observed: u32) {

@@ -12,6 +12,8 @@ pub enum FaultCode {
     BadTask = 2,
     /// The program header is of another version.
     BadHeader = 3,
+    /// Staged weights did not arrive before the deadline.
+    WeightsTimeout = 4,
 }
 
 impl FaultCode {
@@ -21,6 +23,7 @@ impl FaultCode {
             0 => FaultCode::None,
             1 => FaultCode::WaitTimeout,
             3 => FaultCode::BadHeader,
+            4 => FaultCode::WeightsTimeout,
             _ => FaultCode::BadTask,
         }
     }

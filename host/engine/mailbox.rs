@@ -106,6 +106,12 @@ impl Engine {
                 fault.observed,
                 fault.expected
             ),
+            FaultCode::WeightsTimeout => format!(
+                "worker {} waited too long for the weights of `{}` in step {}",
+                fault.worker_idx,
+                self.task_name(fault.task_idx),
+                fault.epoch,
+            ),
             _ => format!(
                 "worker {} stopped at `{}` in step {}: {code:?}, expected {}, found {}",
                 fault.worker_idx,

@@ -134,3 +134,14 @@ fn a_stalled_worker_is_named_with_what_it_waits_for() {
     println!("{message}");
     assert!(message.contains("worker 0 waited too long before `layer 0"), "{message}");
 }
+
+#[test]
+fn weights_that_do_not_arrive_are_named() {
+    let shipped = shipped(90, 2, 3);
+    let text = planted::more_bytes(&shipped.text);
+    let (device, _) = PtxDevice::new(PtxOptions { text, ..shipped });
+    let output = run(["qwen3", "bf16"], Box::new(device), 8, &PROMPT, 2);
+    let message = output.err().expect("the run cannot end").to_string();
+    println!("{message}");
+    assert!(message.contains("waited too long for the weights of `layer 0"), "{message}");
+}

@@ -89,13 +89,15 @@ macro_rules! test {
     };
 }
 
-/// Waits until the phase of `parity` is complete; false if it is not after `tests_max` tests.
+/// Waits until the phase of `parity` is complete; false if it is not after `tests_max` tests. For chips
+/// that have no registers left for a clock where they wait.
 ///
 /// # Safety
 /// `barrier` is an initialised barrier.
+#[cfg(not(tilert_sm90))]
 #[inline(always)]
 #[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
-pub unsafe fn wait(barrier: u32, parity: u32, tests_max: u32) -> bool {
+pub unsafe fn wait_counting(barrier: u32, parity: u32, tests_max: u32) -> bool {
     let left: u32;
     // One statement: compilers unroll loops that count, and this one is in many places.
     // SAFETY: by this function's contract.
@@ -108,6 +110,33 @@ pub unsafe fn wait(barrier: u32, parity: u32, tests_max: u32) -> bool {
              y = in(reg32) parity, options(nostack));
     }
     left != 0
+}
+
+/// Waits until the phase of `parity` is complete; false if it is not within as many nanoseconds as the
+/// word at the shared address `limit` says.
+///
+/// # Safety
+/// `barrier` is an initialised barrier; `limit` is the address of a `u64` that nobody writes.
+#[cfg(tilert_sm90)]
+#[inline(always)]
+#[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
+pub unsafe fn wait(barrier: u32, parity: u32, limit: u32) -> bool {
+    let done: u32;
+    // One statement: this is in many places, where registers are scarce. The clock is read only if
+    // the first test has failed.
+    // SAFETY: by this function's contract.
+    unsafe {
+        asm!("{{ .reg .pred p; .reg .u64 end, now;", "mov.u32 {d}, 1;",
+             concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
+             "mov.u64 now, %globaltimer;", "ld.shared.u64 end, [{l}];", "add.u64 end, end, now;",
+             "TEST:", ".pragma \"nounroll\";",
+             concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
+             "mov.u64 now, %globaltimer;", "setp.lt.u64 p, now, end;", "@p bra TEST;",
+             "mov.u32 {d}, 0;", "DONE: }}",
+             d = out(reg32) done, b = in(reg32) barrier, y = in(reg32) parity, l = in(reg32) limit,
+             options(nostack));
+    }
+    done != 0
 }
 
 /// Whether the phase of `parity` is complete; may wait a little for it.

@@ -111,6 +111,22 @@ fn finish() {
     }
 }
 
+/// Leaves a fault record about weights, or a task, that do not arrive, and ends the kernel.
+#[cfg(tilert_sm90)]
+#[cold]
+#[inline(never)]
+pub fn overdue() -> ! {
+    let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
+    // SAFETY: words of the block's memory, which `init` and `run` have written.
+    let (task_idx, epoch) =
+        unsafe { (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + 4)) };
+    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    // SAFETY: as in `run`.
+    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, Progress::NONE) };
+    worker.miss_weights(task_idx, epoch);
+    sreg::trap()
+}
+
 /// Offsets of a warp's words: the position in the ring of tasks with the leader's next word, the
 /// step, the complete event, then the number of traced tasks; those of `Kept`; the slot.
 const TRACE_COUNT: u32 = 12;

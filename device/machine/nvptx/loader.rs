@@ -15,14 +15,14 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, STOP_WORD,
     TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
-    WARP_LANES, page_rows, ring,
+    TASK_WORD, WARP_LANES, page_rows, ring,
 };
 
 use super::block::Block;
 use super::digest::Digest;
 use super::feed::{Fed, Feed, NO_TASK};
 use super::memory::{generic, load_shared_word, store_shared_word};
-use super::{barrier, copy, sreg, warp};
+use super::{barrier, copy, warp};
 use crate::worker::Worker;
 
 /// Copies under way at once in a block. More fill the queues of the memory system, in which events
@@ -31,7 +31,11 @@ use crate::worker::Worker;
 const COPY_COUNT_MAX: u32 = 2;
 /// Bytes of a cache line.
 const LINE_BYTES: u32 = 128;
+/// Offset of the time that a wait may take.
+#[cfg(tilert_sm90)]
+const LIMIT: u32 = HEADER + core::mem::offset_of!(ProgramHeader, wait_ns_max) as u32;
 /// Tests of a barrier after which something is broken: seconds.
+#[cfg(not(tilert_sm90))]
 const TEST_COUNT_MAX: u32 = 1 << 30;
 /// Bytes of the record in a task slot; the task's index, its step and its first page follow.
 pub const RECORD_BYTES: u32 = size_of::<Task>() as u32;
@@ -125,11 +129,20 @@ impl RingCursor {
     }
 }
 
+#[cfg(tilert_sm90)]
+#[inline(always)]
+fn wait(barrier: u32, parity: u32) {
+    // SAFETY: an initialised barrier, and a word of the header.
+    if !unsafe { barrier::wait(barrier, parity, super::memory::shared_base() + LIMIT) } {
+        super::compute::overdue();
+    }
+}
+#[cfg(not(tilert_sm90))]
 #[inline(always)]
 fn wait(barrier: u32, parity: u32) {
     // SAFETY: an initialised barrier.
-    if !unsafe { barrier::wait(barrier, parity, TEST_COUNT_MAX) } {
-        sreg::trap();
+    if !unsafe { barrier::wait_counting(barrier, parity, TEST_COUNT_MAX) } {
+        super::sreg::trap();
     }
 }
 
@@ -241,8 +254,11 @@ pub fn init(shared: u32, page_count: u32) {
             barrier::init(shared + TASK_EMPTY_BARRIERS + slot * 8, 1);
         }
     }
-    // SAFETY: a word of the block's memory.
-    unsafe { store_shared_word(shared + STOP_WORD, 0) };
+    // SAFETY: words of the block's memory.
+    unsafe {
+        store_shared_word(shared + STOP_WORD, 0);
+        store_shared_word(shared + TASK_WORD, 0);
+    }
     barrier::fence_init();
 }
 
