@@ -97,7 +97,7 @@ def main():
         torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) * 1e3 for a, b in zip(marks, marks[1:]))
     at = lambda share: times[int(share * (len(times) - 1))]
-    print(json.dumps({"torch": torch.__version__, 
+    print(json.dumps({"torch": torch.__version__,
                       "tpot_us": {"p50": at(0.5), "p99": at(0.99)}}))
 
 
