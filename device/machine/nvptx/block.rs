@@ -388,11 +388,15 @@ impl Machine for Block {
             }
             return;
         }
-        self.for_each(finish.count, finish.len, |token, column| {
-            let out = out(token);
+        // As in `for_each`, but the lane's index is read again: registers are scarce in `multiply`.
+        let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
+        while index < finish.count as u32 * columns {
+            let (token, column) = (index / columns, (index % columns) as usize);
+            let out = out(token as usize);
             let old = if finish.adds { out.read(column) } else { 0.0 };
-            self.finish(finish, token, column, out, old);
-        });
+            self.finish(finish, token as usize, column, out, old);
+            index += COMPUTE_LANES;
+        }
     }
 
     #[inline(always)]

@@ -13,7 +13,7 @@ use tilert_mk_shared::tile::{
 
 use super::block::{Block, Kind};
 use super::feed::NO_TASK;
-use super::loader::{RECORD_BYTES, RingCursor, header};
+use super::loader::{RECORD_BYTES, RingCursor, header_over_calls};
 use super::memory::{
     generic, load_shared_pair, load_shared_word, load_shared_words, shared_base, store_shared,
     store_shared_pair, store_shared_word,
@@ -25,9 +25,12 @@ use crate::worker::{Claim, Progress, Worker};
 #[inline(always)]
 pub fn run() {
     let shared = shared_base();
-    let block = Block::new(sreg::thread_idx(), shared, header(shared), Kind::NONE, LOOP_WORDS);
+    let block =
+        Block::new(sreg::thread_idx(), shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: by the contract of the kernel; blocks have different indices.
-    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, Progress::NONE) };
+    let worker = unsafe {
+        Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
+    };
     if worker.begin().is_ok() {
         Kept::of_warp().save(&block, 0, false);
         save(&worker, &RingCursor::tasks(shared), 0);
@@ -49,12 +52,13 @@ fn turn() -> bool {
     let [position, kept_epoch, complete, trace_count] = unsafe { load_shared_words(place) };
     let complete = EventId(complete);
     let progress = Progress { kept_epoch, complete, trace_count, ..Progress::NONE };
-    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     block.lead_word.set(position >> 16);
     let tasks = RingCursor::tasks(shared);
     tasks.go_to(position & 0xff, position >> 8 & 1);
     // SAFETY: as in `run`.
-    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, progress) };
+    let worker =
+        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
 
     tasks.wait_full();
     let slot = shared + TASK_SLOTS + tasks.index() * TASK_SLOT_BYTES;
@@ -97,9 +101,10 @@ fn finish() {
     let (trace_count, slot) =
         unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
     let progress = Progress { trace_count, ..Progress::NONE };
-    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
-    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, progress) };
+    let worker =
+        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
     // SAFETY: the record in the slot, which is full.
     let task = unsafe { &*(generic(slot) as *const Task) };
     worker.finish(&Claim::new(task, 0, 0));
@@ -120,9 +125,11 @@ pub fn overdue() -> ! {
     // SAFETY: words of the block's memory, which `init` and `run` have written.
     let (task_idx, epoch) =
         unsafe { (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + 4)) };
-    let block = Block::new(thread_idx, shared, header(shared), Kind::NONE, LOOP_WORDS);
+    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
-    let worker = unsafe { Worker::new(header(shared), sreg::block_idx(), &block, Progress::NONE) };
+    let worker = unsafe {
+        Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
+    };
     worker.miss_weights(task_idx, epoch);
     sreg::trap()
 }

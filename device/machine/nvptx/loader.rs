@@ -164,6 +164,14 @@ pub fn header<'a>(shared: u32) -> &'a ProgramHeader {
     unsafe { &*(generic(shared + HEADER) as *const ProgramHeader) }
 }
 
+/// The same for code that calls ops: the offset becomes part of each load, so that no address is
+/// kept over a call.
+#[inline(always)]
+pub fn header_over_calls<'a>(shared: u32) -> &'a ProgramHeader {
+    // SAFETY: as in `header`; generic addresses of shared memory are adjacent.
+    unsafe { &*((generic(shared) + u64::from(HEADER)) as *const ProgramHeader) }
+}
+
 impl PageCursor {
     /// The first page.
     #[inline(always)]

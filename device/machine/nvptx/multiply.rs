@@ -70,8 +70,6 @@ pub fn discard(block: &Block, task: &Task) {
 
 /// What one lane multiplies in every page.
 struct Lane {
-    /// Bytes from a page's start to this lane's vector in a row.
-    vector: u32,
     /// The lane's first column in a chunk.
     column: u32,
     /// First of the warp's rows in a page.
@@ -104,13 +102,12 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: us
     x: Rows,
     count: u32,
 ) {
-    let (warps, value_bytes) = (CHUNK_COLUMNS / (WARP_LANES * V as u32), 16 / V as u32);
+    let warps = CHUNK_COLUMNS / (WARP_LANES * V as u32);
     let (column_warp, row_warp) = (block.warp_idx() % warps, block.warp_idx() / warps);
     let column = (column_warp * WARP_LANES + block.warp_lane()) * V as u32;
     let rows = COMPUTE_WARPS / warps * ROWS_PER_WARP;
     let is_near = block.layout.get() == Layout::Near;
     let lane = Lane {
-        vector: column * value_bytes,
         column,
         row: row_warp * ROWS_PER_WARP,
         is_near,
@@ -120,32 +117,55 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: us
         in_dim: LinearArgs::unpack(task).in_dim,
         count,
     };
-    // Row and token whose sum this lane holds after the exchange, if any.
-    let holder = block.warp_lane() / (WARP_LANES / N as u32);
-    let (sum_row, sum_token) = (holder / T as u32, holder % T as u32);
-    let is_holder = block.warp_lane() % (WARP_LANES / N as u32) == 0;
-    let place = ((lane.row + sum_row) * count + sum_token) * warps + column_warp;
-    let mut place = block.shared + PARTIALS + place * 4;
-    for idx in 0..task.segment_count() {
-        let row_count = task.segment(idx).row_count;
-        let (mut row, mut place_of_page) = (0, place);
+    let mut first = 0;
+    for idx in 0..task.segment_count() as u32 {
+        let row_count = task.segment(idx as usize).row_count;
+        let mut row = 0;
         while row < row_count {
             let sums = group::<F, V, T, N, B>(block, &lane, row_count - row);
             if lane.row < row_count - row {
                 for b in 0..B {
-                    let sum = warp::sum_scattered::<N>(sums[b], block.warp_lane());
                     let token = (b * T) as u32;
-                    let is_row = lane.row + sum_row < row_count - row;
-                    if is_holder && is_row && token + sum_token < count {
-                        // SAFETY: this lane's own partial sum, in the area of partials.
-                        unsafe { store_shared_f32(place_of_page + token * warps * 4, sum) };
-                    }
+                    leave::<T, N>(
+                        block,
+                        &lane,
+                        sums[b],
+                        first + row,
+                        row_count - row,
+                        token,
+                        warps,
+                    );
                 }
             }
-            place_of_page += rows * count * warps * 4;
             row += rows;
         }
-        place += row_count * count * warps * 4;
+        first += row_count;
+    }
+}
+
+/// Leaves the warp's sums of `T` tokens from `token` on, of rows of a page that begins with row
+/// `first` of the task and has `rows_left` rows. What lanes have to do is worked out again each
+/// time: registers are scarce while pages are multiplied.
+#[inline(always)]
+fn leave<const T: usize, const N: usize>(
+    block: &Block,
+    lane: &Lane,
+    sums: [f32; N],
+    first: u32,
+    rows_left: u32,
+    token: u32,
+    warps: u32,
+) {
+    let thread_idx = sreg::thread_idx();
+    let (warp_idx, warp_lane) = (thread_idx / WARP_LANES, thread_idx % WARP_LANES);
+    let sum = warp::sum_scattered::<N>(sums, warp_lane);
+    // Row and token whose sum this lane holds after the exchange, if any.
+    let holder = warp_lane / (WARP_LANES / N as u32);
+    let (row, token) = (lane.row + holder / T as u32, token + holder % T as u32);
+    if warp_lane % (WARP_LANES / N as u32) == 0 && row < rows_left && token < lane.count {
+        let place = ((first + row) * lane.count + token) * warps + warp_idx % warps;
+        // SAFETY: this lane's own partial sum, in the area of partials.
+        unsafe { store_shared_f32(block.shared + PARTIALS + place * 4, sum) };
     }
 }
 
@@ -163,7 +183,8 @@ fn group<const F: u16, const V: usize, const T: usize, const N: usize, const B: 
         let columns = CHUNK_COLUMNS.min(lane.in_dim - first);
         let pitch = columns * value_bytes;
         block.pages.wait_full();
-        let address = block.pages.address() + lane.vector + lane.row * pitch;
+        let address =
+            block.pages.address() + sreg::fresh(lane.column) * value_bytes + lane.row * pitch;
         let is_inside = lane.column < columns;
         // Half of the rows at a time if there are many sums: all would not fit the registers.
         let (halves, rows) = (B, ROWS / B);

@@ -63,14 +63,14 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     };
     // SAFETY: the record in the slot, likewise.
     let task = unsafe { &*(generic(slot) as *const Task) };
-    let kept = Kept::of_warp();
     // SAFETY: the header is that of the kernel, by the contract of its entry.
     let worker = unsafe {
-        let progress = Progress { prologue: kept.prologue(), ..Progress::NONE };
+        let progress = Progress { prologue: Kept::of_warp().prologue(), ..Progress::NONE };
         Worker::new(header, sreg::block_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    kept.save(&block, worker.prologue.get(), result.is_err());
+    // Again: its place is not kept over the op.
+    Kept::of_warp().save(&block, worker.prologue.get(), result.is_err());
 }
 
 macro_rules! op {
