@@ -15,6 +15,7 @@
 use tilert_mk_shared::queue::Cursor;
 use tilert_mk_shared::task::Opcode;
 
+use crate::machine::memory::check;
 use crate::machine::{CursorCounter, Machine};
 use crate::queue;
 use crate::worker::{Claim, Stopped, Worker};
@@ -47,7 +48,7 @@ fn is_at(word: u64, epoch: u32) -> bool {
 impl<M: Machine> Worker<'_, M> {
     #[inline(always)]
     fn commit_counter(&self, task_idx: u32) -> &CursorCounter {
-        assert!(task_idx < self.header.task_count, "no such task");
+        check!(task_idx < self.header.task_count);
         let offset = self.header.plan.commits + u64::from(task_idx) * 8;
         // SAFETY: one of the header's tasks; the region holds nothing but counters.
         unsafe { CursorCounter::at(self.header.heap + offset) }
@@ -108,7 +109,7 @@ impl<M: Machine> Worker<'_, M> {
             let is_late = task.opcode == Opcode::Linear as u16
                 && self.is_ready(task, epoch)
                 && !is_committed(self.commit_counter(task_idx), epoch);
-            is_late.then(|| Claim::stolen(task, task_idx, epoch))
+            is_late.then(|| Claim::new(task, task_idx, epoch).stolen())
         })
     }
 }

@@ -44,10 +44,10 @@ impl<'a> Claim<'a> {
         Claim { task, task_idx, epoch, is_stolen: false }
     }
 
-    /// A task of another worker.
+    /// The same, of another worker.
     #[inline(always)]
-    pub(crate) fn stolen(task: &'a Task, task_idx: u32, epoch: u32) -> Claim<'a> {
-        Claim { task, task_idx, epoch, is_stolen: true }
+    pub(crate) fn stolen(self) -> Claim<'a> {
+        Claim { is_stolen: true, ..self }
     }
 }
 
@@ -356,7 +356,7 @@ impl<'a, M: Machine> Worker<'a, M> {
             let victim = (self.worker_idx + step) % self.header.worker_count;
             let Some((offer, claim)) = self.offer(victim) else { continue };
             if self.is_ready(claim.task, claim.epoch) && self.take(&offer) {
-                let claim = Claim { is_stolen: true, ..claim };
+                let claim = claim.stolen();
                 let now_ns = self.trace_ns();
                 self.execute(&claim, now_ns, now_ns)?;
                 return Ok(true);

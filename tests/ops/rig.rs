@@ -160,10 +160,11 @@ impl Rig {
         }
     }
 
-    fn worker(&self) -> Worker<'_, Thread> {
-        // SAFETY: the only worker; the rig owns the memory that the header names, and tests keep
+    /// A worker; two of them take turns on one thread.
+    pub(crate) fn worker(&self, worker_idx: u32) -> Worker<'_, Thread> {
+        // SAFETY: no other runs meanwhile; the rig owns the memory that the header names, and tests keep
         // what their tasks name.
-        unsafe { Worker::new(&self.header, 0, &self.machine, Progress::NONE) }
+        unsafe { Worker::new(&self.header, worker_idx, &self.machine, Progress::NONE) }
     }
 
     /// Makes it a program of two workers whose queues are at these addresses.
@@ -186,12 +187,6 @@ impl Rig {
         };
     }
 
-    /// One of two workers.
-    pub(crate) fn worker_of_two(&self, worker_idx: u32) -> Worker<'_, Thread> {
-        // SAFETY: as in `worker`; the two take turns on one thread.
-        unsafe { Worker::new(&self.header, worker_idx, &self.machine, Progress::NONE) }
-    }
-
     fn event(&self, event: EventId) -> &EventCounter {
         let offset = self.header.plan.events + u64::from(event.0) * EVENT_STRIDE_BYTES;
         // SAFETY: an event of the rig's heap, which is only a counter.
@@ -210,7 +205,7 @@ impl Rig {
 
     /// Values of the heap.
     pub(crate) fn heap<T: Copy>(&self, offset: u64, len: u64) -> Span<T> {
-        self.worker().heap(offset, len)
+        self.worker(0).heap(offset, len)
     }
 
     /// The mailbox.
@@ -244,7 +239,7 @@ impl Rig {
 
     /// Runs tasks of one step after each other on one worker.
     pub(crate) fn run_all(&self, tasks: &[Task]) {
-        let worker = self.worker();
+        let worker = self.worker(0);
         self.epoch.set(self.epoch.get() + 1);
         for (task, idx) in tasks.iter().zip(0..) {
             let claim = Claim::new(task, idx, self.epoch.get());

@@ -55,7 +55,7 @@ fn a_claimed_task_is_taken_over_and_its_late_worker_changes_nothing() {
     x.write(0, 1.0);
     rig.signal(READY);
 
-    let [waiting, late] = [0, 1].map(|idx| rig.worker_of_two(idx));
+    let [waiting, late] = [0, 1].map(|idx| rig.worker(idx));
     let (offer, lost) = late.next().expect("its queue has a task");
     assert!(late.take(&offer));
     let (_, after) = waiting.next().expect("so has this one's");

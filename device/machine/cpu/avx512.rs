@@ -16,14 +16,17 @@ use std::ops::Range;
 use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
+use super::Matrix;
 use super::lanes::{Bf16, LANES, Stored, VECTOR, weights};
-use super::{Matrix, PREFETCH_BYTES};
 use crate::machine::Rows;
 
 /// Rows of a block.
 const ROWS: usize = 3;
 /// Tokens of a block: its sums are 24 vectors, which the 32 registers hold.
 const TOKENS: usize = 4;
+/// Weight bytes between those that are multiplied and those that are requested, where rows are read
+/// side by side: streams too short for the prefetcher of the chip.
+const PREFETCH_BYTES: usize = 16 << 10;
 /// Rows of which four side by side are still one stream to the chip's prefetcher.
 const SHORT_ROW_BYTES: usize = 3 << 9;
 /// Sums that are folded at once.
@@ -141,26 +144,17 @@ fn dots<W: Wide, const R: usize, const T: usize>(
             inputs[t] = pair(x[t], at);
         }
         for r in 0..R {
-            let weights = pair(w[r], at);
-            for t in 0..T {
-                for half in 0..2 {
-                    let sum = sums[r][t][half];
-                    sums[r][t][half] = _mm512_fmadd_ps(weights[half], inputs[t][half], sum);
-                }
-            }
+            add(&mut sums[r], pair(w[r], at), &inputs);
         }
         at += LANES;
     }
     if whole < len {
+        let mut inputs = [[_mm512_setzero_ps(); 2]; T];
+        for t in 0..T {
+            inputs[t] = tail(&x[t][whole..]);
+        }
         for r in 0..R {
-            let weights = tail(&w[r][whole..]);
-            for t in 0..T {
-                let input = tail(&x[t][whole..]);
-                for half in 0..2 {
-                    let sum = sums[r][t][half];
-                    sums[r][t][half] = _mm512_fmadd_ps(weights[half], input[half], sum);
-                }
-            }
+            add(&mut sums[r], tail(&w[r][whole..]), &inputs);
         }
     }
     let mut folded = [[_mm512_setzero_ps(); T]; R];
@@ -170,6 +164,17 @@ fn dots<W: Wide, const R: usize, const T: usize>(
         }
     }
     folded
+}
+
+/// Adds the products of one row's values with those of each input.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add<const T: usize>(sums: &mut [[__m512; 2]; T], w: [__m512; 2], inputs: &[[__m512; 2]; T]) {
+    for t in 0..T {
+        for half in 0..2 {
+            sums[t][half] = _mm512_fmadd_ps(w[half], inputs[t][half], sums[t][half]);
+        }
+    }
 }
 
 /// Values `at..at + LANES`.

@@ -16,7 +16,7 @@ pub(super) type Lanes = [[f32; VECTOR]; 2];
 /// Positions that attention scores before it adds their values.
 pub(super) const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
 /// Positions from one block of a split to the next.
-pub(super) const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
+const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
 /// Keys whose products with a query run side by side.
 const KEY_GROUP: usize = 4;
 
@@ -264,6 +264,13 @@ fn accumulate<const N: usize>(
     out.copy_from_slice(sums.as_flattened());
 }
 
+/// The blocks of a split in one plane, `[positions, dim]` from the split's first position on.
+#[inline(always)]
+pub(super) fn blocks(plane: &[f32], dim: usize) -> impl Iterator<Item = &[f32]> {
+    let steps = plane.chunks(SCORE_STEP * dim);
+    steps.map(move |step| &step[..step.len().min(SCORE_BLOCK * dim)])
+}
+
 /// Blocks are always whole, with weights of zero where there are no positions.
 #[inline(always)]
 pub(super) fn attend(
@@ -296,11 +303,10 @@ fn attend_query(
     let dim = query.len();
     let (mut largest, mut total) = (f32::NEG_INFINITY, 0.0f32);
     out.fill(0.0);
-    for (keys, values) in keys.chunks(SCORE_STEP * dim).zip(values.chunks(SCORE_STEP * dim)) {
-        let len = keys.len().min(SCORE_BLOCK * dim);
-        let (keys, values) = (&keys[..len], &values[..len]);
+    for (keys, values) in blocks(keys, dim).zip(blocks(values, dim)) {
+        let count = keys.len() / dim;
         let mut weights = [f32::NEG_INFINITY; SCORE_BLOCK];
-        score(query, keys, &mut weights[..len / dim]);
+        score(query, keys, &mut weights[..count]);
         let mut block_largest = largest;
         for score in &mut weights {
             *score *= scale;
@@ -316,7 +322,7 @@ fn attend_query(
             }
         }
         total = total * keep + fold_vector(sums);
-        add_values(out, keep, &weights[..len / dim], values);
+        add_values(out, keep, &weights[..count], values);
     }
     (largest, total)
 }
@@ -333,6 +339,13 @@ fn add_values(out: &mut [f32], keep: f32, weights: &[f32], values: &[f32]) {
         accumulate::<1>(out, first, keep, weights, values);
         first += VECTOR;
     }
+    add_rest(out, first, keep, weights, values);
+}
+
+/// `add_values` for the columns from `first` on, fewer than a vector.
+#[inline(always)]
+pub(super) fn add_rest(out: &mut [f32], first: usize, keep: f32, weights: &[f32], values: &[f32]) {
+    let dim = out.len();
     let rest = &mut out[first..];
     for value in rest.iter_mut() {
         *value *= keep;

@@ -13,10 +13,6 @@ pub mod thread;
 use super::Rows;
 use tilert_mk_shared::task::WeightFormat;
 
-/// Weight bytes between those that are multiplied and those that are requested. Rows are read a few
-/// at a time, as streams too short for the prefetcher of the chip.
-const PREFETCH_BYTES: usize = 16 << 10;
-
 /// Instruction sets that the primitives are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {

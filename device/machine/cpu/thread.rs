@@ -13,11 +13,11 @@ use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
+/// How long it sleeps.
+const IDLE_SLEEP: Duration = Duration::from_micros(50);
 /// Bytes of each of a task's matrices that are requested before the worker comes to it: until the
 /// chip's own prefetcher follows.
 const STAGE_BYTES: u64 = 2 << 10;
-/// How long it sleeps.
-const IDLE_SLEEP: Duration = Duration::from_micros(50);
 
 /// What a worker does between looks for something to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

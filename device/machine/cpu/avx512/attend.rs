@@ -11,7 +11,7 @@ use std::arch::x86_64::{
 use super::{FOLDED, dots, fold, side_by_side};
 use crate::machine::Rows;
 use crate::machine::cpu::lanes::{
-    EXP_TERMS, SCORE_BLOCK, SCORE_STEP, VECTOR, add_scaled, exp, fold_vector,
+    EXP_TERMS, SCORE_BLOCK, VECTOR, add_rest, blocks, exp, fold_vector,
 };
 
 /// Vectors of a block's weights.
@@ -60,9 +60,7 @@ fn group<const Q: usize>(
     for q in 0..Q {
         out.row(q, dim).as_mut_slice().fill(0.0);
     }
-    for (keys, values) in keys.chunks(SCORE_STEP * dim).zip(values.chunks(SCORE_STEP * dim)) {
-        let len = keys.len().min(SCORE_BLOCK * dim);
-        let (keys, values) = (&keys[..len], &values[..len]);
+    for (keys, values) in blocks(keys, dim).zip(blocks(values, dim)) {
         let mut weights = [[f32::NEG_INFINITY; SCORE_BLOCK]; Q];
         score(query, keys, &mut weights);
         let mut keep = [0.0; Q];
@@ -154,14 +152,8 @@ fn add_values<const Q: usize>(
     }
     if first < dim {
         for q in 0..Q {
-            let rest = out.row(q, dim).sub(first, dim - first);
-            let rest = rest.as_mut_slice();
-            for value in rest.iter_mut() {
-                *value *= keep[q];
-            }
-            for (weight, value) in weights[q].iter().zip(values.chunks_exact(dim)) {
-                add_scaled(rest, &value[first..], *weight);
-            }
+            let row = out.row(q, dim);
+            add_rest(row.as_mut_slice(), first, keep[q], &weights[q], values);
         }
     }
 }
