@@ -27,8 +27,8 @@ const TOKENS: usize = 4;
 /// Weight bytes between those that are multiplied and those that are requested, where rows are read
 /// side by side: streams too short for the prefetcher of the chip.
 const PREFETCH_BYTES: usize = 16 << 10;
-/// Rows of which four side by side are still one stream to the chip's prefetcher.
-const SHORT_ROW_BYTES: usize = 3 << 9;
+/// Rows of models so small that their weights stay in the caches: four side by side share inputs.
+const SHORT_ROW_BYTES: usize = 1 << 9;
 /// Sums that are folded at once.
 const FOLDED: usize = 16;
 
