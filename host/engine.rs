@@ -23,12 +23,13 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
+use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::SharedPlan;
 use tilert_mk_shared::trace::TraceRecord;
 
 pub use self::request::{
     Completion, Compute, DeviceKind, EngineOptions, Event, FinishReason, LoadMode, ModelSource,
-    Request,
+    Request, Weights,
 };
 
 use self::bind::{bind, bytes_of, bytes_of_mut, format_of, load, open_checkpoint, read_config};
@@ -109,7 +110,7 @@ impl Engine {
         let needed: Vec<_> =
             program.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let weights: Box<dyn WeightSource + Send> = match checkpoint {
-            Some(checkpoint) => load(checkpoint, options.load, &needed, progress)?,
+            Some(checkpoint) => load(checkpoint, options, &needed, progress)?,
             None => Box::new(DummyWeights::new(&needed, dtype, 0, progress)?),
         };
         let mut engine = Engine::build(config, program, device, weights, dtype, options, progress)?;
@@ -463,13 +464,25 @@ fn lower_options(
             profile.name
         )));
     }
+    let format = match options.weights {
+        Weights::Native => format_of(dtype),
+        Weights::Fp8 => WeightFormat::Fp8,
+        Weights::Q8 => WeightFormat::Q8,
+        Weights::Q4 => WeightFormat::Q4,
+    };
+    if format.is_blocked() && profile.shared_bytes > 0 {
+        let name = &profile.name;
+        let message = format!("{name}: quantised weights need --device cpu; a GPU has none yet");
+        return Err(Error::Device(message));
+    }
     let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
     Ok(LowerOptions {
         worker_count,
         slot_count: options.slots,
         context_max: options.max_context.unwrap_or(context.min(CONTEXT_DEFAULT)),
         step_tokens_max: options.step_tokens.min(profile.step_tokens_max),
-        format: format_of(dtype),
+        stored_format: format_of(dtype),
+        format,
         tile_bytes: profile.tile_bytes,
         tile_rows_max: profile.tile_rows_max,
     })

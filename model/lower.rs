@@ -8,6 +8,7 @@
 
 mod empty;
 
+use tilert_mk_shared::blocks::STRIP_ROWS;
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
@@ -53,7 +54,9 @@ pub struct LowerOptions {
     pub context_max: u32,
     /// Tokens of a step at most.
     pub step_tokens_max: u32,
-    /// Format of the matrices.
+    /// Format in which the checkpoint stores the matrices.
+    pub stored_format: WeightFormat,
+    /// Format in which linear tasks read them: the same, or one of blocks.
     pub format: WeightFormat,
     /// Weight bytes of a linear task at most, about. `u64::MAX` makes as few tiles as possible: one
     /// for each worker, or more where a tile would have too many rows.
@@ -79,7 +82,9 @@ pub struct Program {
     pub queue_spans: Vec<QueueSpan>,
     /// Entries of all queues.
     pub queue_entries: Vec<u32>,
-    /// Format of all matrices.
+    /// Format in which the checkpoint stores all matrices: names of weights count its bytes.
+    pub stored_format: WeightFormat,
+    /// Format in which linear tasks read them.
     pub format: WeightFormat,
     /// Shared sizes.
     pub dims: Dims,
@@ -123,6 +128,7 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
         begin_event: BEGIN,
         queue_spans,
         queue_entries,
+        stored_format: options.stored_format,
         format: options.format,
         dims,
         plan,
@@ -135,6 +141,9 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
 }
 
 fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
+    let prologue_dim = config.hidden_dim.max(config.query_dim());
+    // A worker brings rows for weights of blocks into another form, also where no prologue does.
+    let inner_dim = if options.format.is_blocked() { config.intermediate_dim } else { 0 };
     Dims {
         hidden_dim: config.hidden_dim,
         intermediate_dim: config.intermediate_dim,
@@ -144,7 +153,7 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         attention_scale: 1.0 / (config.head_dim as f32).sqrt(),
         step_tokens_max: options.step_tokens_max,
         task_rows_max: 1,
-        prologue_dim_max: config.hidden_dim.max(config.query_dim()),
+        prologue_dim_max: prologue_dim.max(inner_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         kv: KvGeometry {
             layer_count: config.layer_count,
@@ -217,7 +226,7 @@ impl<'a> Builder<'a> {
             let done = self.event();
             match &operator.kind {
                 Kind::Embed { table } => {
-                    let (format, hidden) = (self.options.format, self.plan.hidden);
+                    let (format, hidden) = (self.options.stored_format, self.plan.hidden);
                     let args = EmbedArgs { format, table: named(*table, 0), hidden };
                     self.push(args.pack(), ready, done, operator.name.clone());
                 }
@@ -238,10 +247,10 @@ impl<'a> Builder<'a> {
 
     /// One stage of linear tasks.
     fn linear(&mut self, linear: &Linear, wait: EventId, signal: EventId, name: &str) {
-        let row_bytes = u64::from(linear.in_dim) * self.options.format.value_bytes();
+        let stored_row_bytes = self.options.stored_format.row_bytes(linear.in_dim);
         let stage_idx = self.costs.len() as u32;
         let mut costs = StageCosts::new();
-        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, row_bytes)) {
+        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear)) {
             let args = LinearArgs {
                 prologue: linear.prologue,
                 epilogue: linear.epilogue,
@@ -255,7 +264,7 @@ impl<'a> Builder<'a> {
                 x: self.offset(linear.x),
                 y: self.offset(linear.y),
                 norm_weight: linear.norm.map_or(0, |norm| named(norm, 0)),
-                segments: self.segments(linear, rows, row_bytes),
+                segments: self.segments(linear, rows, stored_row_bytes),
             };
             self.rows_max = self.rows_max.max(args.row_count());
             costs.push(args.weight_bytes());
@@ -264,19 +273,25 @@ impl<'a> Builder<'a> {
         self.costs.push(costs);
     }
 
-    /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one.
+    /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one; rows
+    /// that lie in strips, into whole strips but for the last.
     ///
     /// As many tiles as `tile_bytes` asks for, then more until every worker has equally many.
-    fn tiles(&self, linear: &Linear, row_bytes: u64) -> impl Iterator<Item = [u32; 2]> + use<> {
-        let workers = self.options.worker_count;
+    fn tiles(&self, linear: &Linear) -> impl Iterator<Item = [u32; 2]> + use<> {
+        let (options, workers) = (self.options, self.options.worker_count);
         let rows = linear.matrices.iter().map(|matrix| matrix.row_count);
-        let (units, unit_rows) = match linear.epilogue {
+        let (pairs, pair_rows) = match linear.epilogue {
             Epilogue::SiluMul => (rows.min().unwrap_or(0), linear.matrices.len() as u32),
             _ => (rows.sum(), 1),
         };
+        // What is cut: rows, pairs, or as many of them as fill a strip.
+        let strip_rows = if options.format.is_blocked() { STRIP_ROWS } else { 1 };
+        let unit_pairs = strip_rows.div_ceil(pair_rows);
+        let (units, unit_rows) = (pairs.div_ceil(unit_pairs), unit_pairs * pair_rows);
+        let row_bytes = options.format.row_bytes(linear.in_dim);
         let bytes = u64::from(units) * u64::from(unit_rows) * row_bytes;
-        let wanted = bytes.div_ceil(self.options.tile_bytes.max(1)).min(units.into()) as u32;
-        let rows_max = self.options.tile_rows_max.clamp(unit_rows, SEGMENT_ROWS_MAX);
+        let wanted = bytes.div_ceil(options.tile_bytes.max(1)).min(units.into()) as u32;
+        let rows_max = options.tile_rows_max.min(SEGMENT_ROWS_MAX).max(unit_rows);
         let least = units.div_ceil(rows_max / unit_rows);
         let even = wanted.max(least).max(1).next_multiple_of(workers);
         let count = match even {
@@ -284,8 +299,10 @@ impl<'a> Builder<'a> {
             _ if units >= workers => units / workers * workers,
             _ => units,
         };
-        let at =
-            move |tile: u32| (u64::from(units) * u64::from(tile) / u64::from(count.max(1))) as u32;
+        let at = move |tile: u32| {
+            let unit = u64::from(units) * u64::from(tile) / u64::from(count.max(1));
+            (unit as u32 * unit_pairs).min(pairs)
+        };
         (0..count).map(move |tile| [at(tile), at(tile + 1)])
     }
 

@@ -9,6 +9,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod blocks;
 pub mod event;
 pub mod fault;
 pub mod kv;
@@ -24,4 +25,4 @@ pub mod tile;
 pub mod trace;
 
 /// Version of the layouts in this crate; the kernel refuses a header with another one.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;

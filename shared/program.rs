@@ -63,12 +63,12 @@ impl Dims {
     }
 
     /// Values of a worker's scratch for the input rows of a linear task or the rotated queries of an
-    /// attention task.
+    /// attention task; rows begin at multiples of `INPUT_ROW_MULTIPLE`.
     #[inline]
     pub const fn scratch_input_values(&self) -> u64 {
         let attention = self.heads_per_kv() * self.kv.head_dim;
         let row = if attention > self.prologue_dim_max { attention } else { self.prologue_dim_max };
-        self.step_tokens_max as u64 * row.next_multiple_of(16) as u64
+        self.step_tokens_max as u64 * row.next_multiple_of(INPUT_ROW_MULTIPLE) as u64
     }
 
     /// Values of a worker's scratch for the products of a linear task.
@@ -96,6 +96,8 @@ impl Dims {
     }
 }
 
+/// Input rows in a worker's scratch are so many values apart, or a multiple: two cache lines.
+pub const INPUT_ROW_MULTIPLE: u32 = 32;
 /// Alignment of every heap region: two cache lines.
 pub const REGION_ALIGN_BYTES: u64 = 128;
 

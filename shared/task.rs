@@ -5,6 +5,7 @@
 //! References are byte addresses in the device's memory for weights, and byte offsets in the
 //! device's heap for everything a step computes.
 
+use crate::blocks::BlockShape;
 use crate::event::EventId;
 use crate::limits::SEGMENT_COUNT_MAX;
 
@@ -64,15 +65,38 @@ pub enum WeightFormat {
     F16 = 1,
     /// The upper half of a binary32.
     Bf16 = 2,
+    /// Integers of 8 bits, with a scale for each row's 32 columns; see `blocks.rs`.
+    Q8 = 3,
+    /// Integers of 4 bits, likewise.
+    Q4 = 4,
+    /// Binary8 with 4 bits of exponent (E4M3), with a scale for each 128 columns of 128 rows; see
+    /// `blocks.rs`.
+    Fp8 = 5,
 }
 
 impl WeightFormat {
-    /// Bytes of one value.
+    /// Bytes of one value, rounded up.
     #[inline]
     pub const fn value_bytes(self) -> u64 {
         match self {
             WeightFormat::F32 => 4,
             WeightFormat::F16 | WeightFormat::Bf16 => 2,
+            WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => 1,
+        }
+    }
+
+    /// Whether scales belong to the values: rows then lie in strips of blocks (`blocks.rs`).
+    #[inline]
+    pub const fn is_blocked(self) -> bool {
+        matches!(self, WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8)
+    }
+
+    /// Bytes of a row of `in_dim` values with its scales.
+    #[inline]
+    pub const fn row_bytes(self, in_dim: u32) -> u64 {
+        match BlockShape::of(self) {
+            Some(shape) => shape.row_bytes(in_dim),
+            None => in_dim as u64 * self.value_bytes(),
         }
     }
 
@@ -81,7 +105,10 @@ impl WeightFormat {
         match raw {
             0 => WeightFormat::F32,
             1 => WeightFormat::F16,
-            _ => WeightFormat::Bf16,
+            2 => WeightFormat::Bf16,
+            3 => WeightFormat::Q8,
+            4 => WeightFormat::Q4,
+            _ => WeightFormat::Fp8,
         }
     }
 }
@@ -181,8 +208,8 @@ impl Task {
 /// Rows of one weight matrix that a linear task multiplies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Segment {
-    /// Address of the first row, `[row_count, in_dim]` in the task's weight format; on a device that
-    /// packs weights, that of the task's packed rows in the first segment.
+    /// Address of the first row, `[row_count, in_dim]` in the task's weight format; of weights that are
+    /// packed (`packed.rs`, `blocks.rs`), that of the task's rows in the first segment.
     pub weights: u64,
     /// Address of the rows' biases, `[row_count] f32`; 0 for none.
     pub bias: u64,
@@ -300,7 +327,7 @@ impl LinearArgs {
     /// Bytes of weights the task reads.
     #[inline]
     pub const fn weight_bytes(&self) -> u64 {
-        self.row_count() as u64 * self.in_dim as u64 * self.format.value_bytes()
+        self.row_count() as u64 * self.format.row_bytes(self.in_dim)
     }
 }
 
@@ -407,7 +434,7 @@ mod tests {
         for prologue in [Prologue::None, Prologue::RmsNorm, Prologue::MergeSplits] {
             for epilogue in [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul] {
                 for token_rows in [TokenRows::All, TokenRows::Logits] {
-                    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+                    for format in (0..6).map(WeightFormat::from_raw) {
                         let args = LinearArgs {
                             prologue,
                             epilogue,

@@ -40,7 +40,15 @@ fn span(values: &mut [f32]) -> Span<f32> {
 fn matmul(criterion: &mut Criterion) {
     let machine = machine();
     let mut group = criterion.benchmark_group("matmul");
-    for format in [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16] {
+    let formats = [
+        WeightFormat::F32,
+        WeightFormat::F16,
+        WeightFormat::Bf16,
+        WeightFormat::Q8,
+        WeightFormat::Q4,
+        WeightFormat::Fp8,
+    ];
+    for format in formats {
         // Any bytes will do as weights; these are small numbers in each format.
         let weights = vec![0x2c00_2c00u32; ROW_COUNT * IN_DIM];
         let task = LinearArgs {
@@ -68,9 +76,12 @@ fn matmul(criterion: &mut Criterion) {
         .pack();
         for tokens in [1, 2, 4, DECODE_TOKENS_MAX as usize, STEP_TOKENS_MAX as usize] {
             let (mut x, mut y) = (values(tokens * IN_DIM), values(tokens * ROW_COUNT));
-            let x = Rows { values: span(&mut x), stride: IN_DIM };
+            let mut settled = values(tokens * IN_DIM);
+            let [x, settled] =
+                [&mut x, &mut settled].map(|rows| Rows { values: span(rows), stride: IN_DIM });
+            let x = machine.gather(format, x, tokens, IN_DIM, settled, false);
             let y = Rows { values: span(&mut y), stride: ROW_COUNT };
-            let bytes = (ROW_COUNT * IN_DIM) as u64 * format.value_bytes();
+            let bytes = ROW_COUNT as u64 * format.row_bytes(IN_DIM as u32);
             group.throughput(Throughput::Bytes(bytes));
             let id = BenchmarkId::new(format!("{format:?}"), format!("{tokens} tokens"));
             group.bench_function(id, |bencher| {

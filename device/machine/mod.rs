@@ -162,9 +162,23 @@ pub trait Machine {
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
     fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;
 
-    /// Collective: `from` as input of `multiply`, copied to `to` if the machine wants it near.
-    /// `is_kept`: an earlier call with the same arguments has done so, and nobody has used `to`.
-    fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows;
+    /// Collective: `from` as input of `multiply` for weights of `format`, copied to `to` if the machine
+    /// wants it near or in another form. `is_kept`: an earlier call with the same arguments has done
+    /// so, and nobody has used `to`.
+    fn gather(
+        &self,
+        format: WeightFormat,
+        from: Rows,
+        count: usize,
+        dim: usize,
+        to: Rows,
+        is_kept: bool,
+    ) -> Rows;
+
+    /// Collective: brings rows that a prologue has left into the form in which `multiply` takes them
+    /// for weights of `format`, in place.
+    #[inline(always)]
+    fn settle(&self, _format: WeightFormat, _x: Rows, _count: usize, _dim: usize) {}
 
     /// Collective: `out[i] = weight * from(i) / sqrt(mean(from(i)^2) + eps)` for each row.
     fn rms_norm(

@@ -55,7 +55,7 @@ fn input<M: Machine>(
         Prologue::None => {
             let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);
             let from = Rows { values, stride: args.x_stride as usize };
-            return worker.machine.gather(from, count, dim, x, is_kept);
+            return worker.machine.gather(args.format, from, count, dim, x, is_kept);
         }
         _ if is_kept => {}
         Prologue::RmsNorm => {
@@ -80,6 +80,9 @@ fn input<M: Machine>(
             }
             worker.machine.sync();
         }
+    }
+    if !is_kept {
+        worker.machine.settle(args.format, x, count, dim);
     }
     x
 }

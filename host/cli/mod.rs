@@ -21,7 +21,7 @@ use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tilert_mk_shared::limits::WORKER_COUNT_MAX;
 
-use crate::engine::{Compute, DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
+use crate::engine::{Compute, DeviceKind, Engine, EngineOptions, LoadMode, ModelSource, Weights};
 use crate::error::{Error, Result};
 
 const EXAMPLES: &str = "\
@@ -31,6 +31,8 @@ Examples:
   tilert-mk launch --model ./Qwen3-0.6B
       Chat on the terminal; Ctrl-C stops an answer, a second one leaves.
   tilert-mk launch --model ./Qwen3-0.6B --prompt 'The capital of France is' --max-tokens 32
+  tilert-mk launch --model ./Qwen3-0.6B --weights q8
+      With 8-bit weights: half the memory traffic, twice the tokens, a little less accurate.
   tilert-mk inspect --model ./Qwen3-0.6B
       Sizes, tasks and the bandwidth floor on this machine.
   tilert-mk doctor
@@ -79,6 +81,9 @@ struct ModelArgs {
     /// Use weights in place, copy them once, or make random ones from config.json alone.
     #[arg(long, value_enum, default_value_t = LoadMode::Map)]
     load: LoadMode,
+    /// Quantise the matrices when they are loaded, the embedding excepted.
+    #[arg(long, value_enum, default_value_t = Weights::Native)]
+    weights: Weights,
     /// Precision of activations and sums.
     #[arg(long, value_enum, default_value_t = Compute::Exact)]
     compute: Compute,
@@ -110,6 +115,7 @@ impl ModelArgs {
             max_context: self.max_context,
             slots: 1,
             load: self.load,
+            weights: self.weights,
             compute: self.compute,
             ..EngineOptions::default()
         }

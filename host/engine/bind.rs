@@ -7,7 +7,7 @@ use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
 use tilert_mk_shared::trace::TraceRecord;
 
-use super::{LoadMode, ModelSource, pack};
+use super::{EngineOptions, LoadMode, ModelSource, Weights, pack};
 use crate::driver::Device;
 use crate::error::{Error, Result};
 use crate::load::{Checkpoint, copied};
@@ -72,11 +72,13 @@ pub(super) fn read_config(
 /// The needed weights in memory, each of its expected shape.
 pub(super) fn load(
     checkpoint: Checkpoint,
-    mode: LoadMode,
+    options: &EngineOptions,
     needed: &[(String, Vec<u64>)],
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Box<dyn WeightSource + Send>> {
-    if mode == LoadMode::Copy || !checkpoint.is_aligned() {
+    // Quantised weights are a copy in any case.
+    let copies = options.load == LoadMode::Copy && options.weights == Weights::Native;
+    if copies || !checkpoint.is_aligned() {
         return Ok(Box::new(copied(checkpoint, needed, progress)?));
     }
     for (name, shape) in needed {
@@ -102,7 +104,8 @@ pub(super) fn bind(
     dtype: Dtype,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<Task>> {
-    let packs = dtype == Dtype::Bf16 && device.profile().packs_weights;
+    let is_blocked = program.format.is_blocked();
+    let packs = is_blocked || dtype == Dtype::Bf16 && device.profile().packs_weights;
     let is_stored = stored_tensors(program, packs);
     let mut views = Vec::new();
     let mut bases = Vec::new();
@@ -127,7 +130,7 @@ pub(super) fn bind(
         }
     }
     let mut tasks = program.tasks.clone();
-    let packed = if packs { pack::upload(&tasks, &views, device, progress)? } else { Vec::new() };
+    let packed = if packs { pack::upload(program, &views, device, progress)? } else { Vec::new() };
     for task in &mut tasks {
         for reference in &mut task.refs {
             if let Some((index, byte)) = named_place(*reference) {
@@ -142,8 +145,8 @@ pub(super) fn bind(
     Ok(tasks)
 }
 
-/// Which tensors some task wants as the checkpoint stores them.
-fn stored_tensors(program: &Program, packs: bool) -> Vec<bool> {
+/// Which tensors some task wants as the checkpoint stores them; `packs`: linear tasks do not.
+pub(super) fn stored_tensors(program: &Program, packs: bool) -> Vec<bool> {
     let mut is_stored = vec![false; program.tensors.len()];
     for task in &program.tasks {
         let is_packed = packs && task.opcode == Opcode::Linear as u16;

@@ -56,6 +56,19 @@ pub enum LoadMode {
     Dummy,
 }
 
+/// In which format matrices are multiplied.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Weights {
+    /// As the checkpoint stores them.
+    Native,
+    /// 8-bit floating point (E4M3) with a scale for each 128 x 128 values.
+    Fp8,
+    /// 8-bit integers with a scale for each 32 values of a row.
+    Q8,
+    /// 4-bit integers with a scale for each 32 values of a row.
+    Q4,
+}
+
 /// How products are computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Compute {
@@ -75,6 +88,8 @@ pub struct EngineOptions {
     pub step_tokens: u32,
     /// Where weights are kept.
     pub load: LoadMode,
+    /// Format of the matrices.
+    pub weights: Weights,
     /// Precision.
     pub compute: Compute,
     /// Steps that the trace keeps; 0 for no trace.
@@ -91,6 +106,7 @@ impl Default for EngineOptions {
             slots: 1,
             step_tokens: STEP_TOKENS_MAX,
             load: LoadMode::Map,
+            weights: Weights::Native,
             compute: Compute::Exact,
             trace_steps: 0,
             wait_ns_max: WAIT_NS_MAX,

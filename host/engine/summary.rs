@@ -3,6 +3,7 @@
 use tilert_mk_shared::task::{LinearArgs, Opcode};
 
 use super::Engine;
+use super::bind::stored_tensors;
 use crate::bandwidth::Probe;
 use crate::cli::Summary;
 use crate::error::Result;
@@ -39,10 +40,14 @@ impl Engine {
         self.header.page_count == 0
     }
 
-    /// Bytes of all weights as stored.
+    /// Bytes of all weights, as the checkpoint stores them or as they were quantised.
     pub fn weight_bytes(&self) -> u64 {
-        let views = self.program.tensors.iter().filter_map(|t| self.weights.tensor(&t.name));
-        views.map(|view| view.data.len() as u64).sum()
+        let is_blocked = self.program.format.is_blocked();
+        let quantised = if is_blocked { self.bytes_per_token() } else { 0 };
+        let kept = stored_tensors(&self.program, is_blocked);
+        let kept = self.program.tensors.iter().zip(kept).filter(|(_, is_kept)| *is_kept);
+        let views = kept.filter_map(|(tensor, _)| self.weights.tensor(&tensor.name));
+        quantised + views.map(|view| view.data.len() as u64).sum::<u64>()
     }
 
     /// Bytes of weights that one decoded token reads.

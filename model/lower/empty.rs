@@ -103,6 +103,7 @@ mod tests {
             slot_count: 1,
             context_max: 64,
             step_tokens_max: 1,
+            stored_format: WeightFormat::Bf16,
             format: WeightFormat::Bf16,
             tile_bytes: 1 << 20,
             tile_rows_max: 512,

@@ -17,6 +17,7 @@ fn options(worker_count: u32, tile_bytes: u64) -> LowerOptions {
         slot_count: 1,
         context_max: 4096,
         step_tokens_max: 8,
+        stored_format: WeightFormat::Bf16,
         format: WeightFormat::Bf16,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,

@@ -80,7 +80,7 @@ fn check_staging(
     args: &LinearArgs,
     staging: &Staging,
 ) -> Result<(), ValidateError> {
-    let row_bytes = u64::from(args.in_dim) * args.format.value_bytes();
+    let row_bytes = args.format.row_bytes(args.in_dim);
     let needs = [
         ("one row of weights", row_bytes, staging.row_bytes_max),
         ("weights", args.weight_bytes(), staging.task_bytes_max),
@@ -108,6 +108,10 @@ impl Named<'_> {
     }
 }
 
+fn same_format(format: WeightFormat, expected: WeightFormat) -> Result<(), Defect> {
+    if format == expected { Ok(()) } else { Err(Defect::Format(format)) }
+}
+
 impl<'a> Checker<'a> {
     fn task(&mut self, task_idx: u32, task: &Task) -> Result<(), Defect> {
         let opcode = Opcode::from_raw(task.opcode).ok_or(Defect::Opcode(task.opcode))?;
@@ -125,7 +129,7 @@ impl<'a> Checker<'a> {
     fn embed(&mut self, task: &Task) -> Result<(), Defect> {
         let args = EmbedArgs::unpack(task);
         canonical(task, &args.pack(), Opcode::Embed)?;
-        self.format(args.format)?;
+        same_format(args.format, self.program.stored_format)?;
         let table = self.tensor("the table", args.table)?;
         let shape = [self.dims.vocab_size, self.dims.hidden_dim].map(u64::from);
         if table.tensor.shape != shape || table.byte != 0 {
@@ -135,10 +139,6 @@ impl<'a> Checker<'a> {
         begins("hidden", args.hidden, self.program.plan.hidden)?;
         self.accesses.embed(self.dims);
         Ok(())
-    }
-
-    fn format(&self, format: WeightFormat) -> Result<(), Defect> {
-        if format == self.program.format { Ok(()) } else { Err(Defect::Format(format)) }
     }
 
     fn attention(&mut self, task_idx: u32, task: &Task) -> Result<(), Defect> {
@@ -175,10 +175,10 @@ impl<'a> Checker<'a> {
         if !args.in_dim.is_multiple_of(8) {
             return Err(Defect::Segments("in_dim is not a multiple of 8"));
         }
-        if args.prologue != Prologue::None {
+        if args.prologue != Prologue::None || args.format.is_blocked() {
             within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         }
-        self.format(args.format)?;
+        same_format(args.format, self.program.format)?;
         self.accesses.read(Region::Step, 0, 1);
         self.input(&args)?;
         self.segments(&args)?;
@@ -293,7 +293,7 @@ impl<'a> Checker<'a> {
         if tensor_columns != u64::from(args.in_dim) {
             return Err(named.misshapen("weights"));
         }
-        let row_bytes = u64::from(args.in_dim) * args.format.value_bytes();
+        let row_bytes = self.program.stored_format.row_bytes(args.in_dim);
         let rows = u64::from(segment.row_count);
         let first = named.byte / row_bytes;
         if !named.byte.is_multiple_of(row_bytes) || first + rows > tensor_rows {

@@ -36,6 +36,7 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
         slot_count: 2,
         context_max: 256,
         step_tokens_max: 8,
+        stored_format: WeightFormat::Bf16,
         format: WeightFormat::Bf16,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,

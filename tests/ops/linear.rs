@@ -1,12 +1,15 @@
 //! Linear tasks: every prologue, epilogue, format, with and without biases.
 
+use tilert_mk_model::quantise::{dequantised, fp8_scales};
 use tilert_mk_model::reference;
+use tilert_mk_model::strips::{Quantiser, StoredRows};
+use tilert_mk_model::weights::Dtype;
 use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::sequence::{NO_LOGITS, StepToken};
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Segment, TokenRows, WeightFormat};
 
-use crate::rig::{FORMATS, Memory, Near, Random, Rig, UNIT, dims, matrix};
+use crate::rig::{BLOCKED, FORMATS, Memory, Near, Random, Rig, UNIT, dims, matrix};
 
 /// Heads of the splits that `MergeSplits` merges.
 const HEADS: [u32; 3] = [3, 1, 24];
@@ -36,7 +39,13 @@ struct Rows {
 
 impl Rows {
     fn new(random: &mut Random, case: &Case, row_count: usize) -> Rows {
-        let (stored, values) = matrix(random, case.format, row_count * case.in_dim as usize);
+        let count = row_count * case.in_dim as usize;
+        let (stored, values) = if case.format.is_blocked() {
+            // Packed with the other segments' rows; see `strips`.
+            (Memory::new(0), random.values(count))
+        } else {
+            matrix(random, case.format, count)
+        };
         let bias_values = random.values(row_count);
         Rows { stored, values, bias: Memory::of(&bias_values), bias_values, row_count }
     }
@@ -54,13 +63,28 @@ impl Rows {
     fn apply(&self, case: &Case, x: &[f32], x_error: &[f64]) -> Vec<Near> {
         let products = reference::matvec(&self.values, x);
         // 32 lanes of fused multiply-adds, five additions that fold them, and the twin's rounding.
-        let sum_units = f64::from(case.in_dim) / 32.0 + 1.0 + 5.0 + 1.0;
+        // Of blocks, at most 32 additions, a product of scales and as many in the block.
+        let sum_units = f64::from(case.in_dim) / 32.0
+            + 1.0
+            + 5.0
+            + 1.0
+            + if case.format == WeightFormat::Fp8 { 32.0 + 3.0 } else { 0.0 };
+        // Inputs as integers are off by 2^-23 of the largest in their block.
+        let input_units = if case.format.is_blocked() { 2.0 } else { 0.0 };
+        let largest: Vec<f64> = x
+            .chunks(32)
+            .flat_map(|block| {
+                let most = block.iter().fold(0.0, |most: f64, x| most.max(f64::from(x.abs())));
+                vec![most; block.len()]
+            })
+            .collect();
         let rows = self.values.chunks(x.len()).zip(products).zip(&self.bias_values);
         rows.map(|((row, product), bias)| {
             let mut error = 0.0;
-            for ((w, x), x_error) in row.iter().zip(x).zip(x_error) {
+            for (((w, x), x_error), largest) in row.iter().zip(x).zip(x_error).zip(&largest) {
                 let w = f64::from(w.abs());
                 error += w * x_error * 1.01 + w * f64::from(x.abs()) * sum_units * UNIT;
+                error += w * largest * input_units * UNIT;
             }
             let bias = if case.has_bias { f64::from(*bias) } else { 0.0 };
             let value = f64::from(product) + bias;
@@ -68,6 +92,28 @@ impl Rows {
         })
         .collect()
     }
+}
+
+/// The strips of a task's rows, whose values become what these mean.
+fn strips(case: &Case, rows: &mut [Rows]) -> Memory {
+    let in_dim = case.in_dim as usize;
+    let quantiser = Quantiser::new(case.format, in_dim).unwrap();
+    let bytes = rows.iter().map(|rows| rows.values.iter().flat_map(|v| v.to_le_bytes()).collect());
+    let bytes: Vec<Vec<u8>> = bytes.collect();
+    let scales: Vec<Vec<f32>> = rows.iter().map(|rows| fp8_scales(&rows.values, in_dim)).collect();
+    let stored = bytes.iter().zip(&scales).map(|(values, scales)| StoredRows {
+        dtype: Dtype::F32,
+        values,
+        first: 0,
+        scales,
+    });
+    let row_count: usize = rows.iter().map(|rows| rows.row_count).sum();
+    let mut out = vec![0; quantiser.byte_count(row_count as u32)];
+    assert!(quantiser.pack(&stored.collect::<Vec<_>>(), &mut out));
+    for rows in rows {
+        rows.values = dequantised(case.format, &rows.values, in_dim);
+    }
+    Memory::of(&out)
 }
 
 /// The task's input rows after the prologue, and the errors of their values.
@@ -188,10 +234,14 @@ fn check(rig: &Rig, case: &Case) -> Vec<u32> {
         _ => hidden(rig, case, &mut random, &norm_values),
     };
     let counts: &[usize] = if case.epilogue == Epilogue::SiluMul { &[7, 7] } else { &[5, 1, 9] };
-    let rows: Vec<Rows> = counts.iter().map(|n| Rows::new(&mut random, case, *n)).collect();
+    let mut rows: Vec<Rows> = counts.iter().map(|n| Rows::new(&mut random, case, *n)).collect();
+    let strips = case.format.is_blocked().then(|| strips(case, &mut rows));
     let (mut segments, mut first) = ([Segment::default(); 3], 0);
     for (segment, rows) in segments.iter_mut().zip(&rows) {
         *segment = rows.segment(case, first);
+        if let Some(strips) = &strips {
+            segment.weights = strips.address();
+        }
         first += if case.epilogue == Epilogue::SiluMul { 0 } else { rows.row_count };
     }
     let out_count = first.max(counts[0]);
@@ -242,7 +292,7 @@ const STEPS: [&[u32]; 4] =
 
 #[test]
 fn every_prologue_epilogue_format_and_bias() {
-    for format in FORMATS {
+    for format in FORMATS.into_iter().chain(BLOCKED) {
         for epilogue in [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul] {
             for prologue in [Prologue::None, Prologue::RmsNorm, Prologue::MergeSplits] {
                 for has_bias in [false, true] {
@@ -267,7 +317,7 @@ fn every_prologue_epilogue_format_and_bias() {
 
 #[test]
 fn rows_of_logits_and_other_lengths() {
-    for format in FORMATS {
+    for format in FORMATS.into_iter().chain(BLOCKED) {
         for in_dim in [8, 64, 136, 1032] {
             for token_rows in [TokenRows::All, TokenRows::Logits] {
                 let case = Case {

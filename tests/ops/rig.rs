@@ -75,6 +75,10 @@ impl Memory {
     }
 }
 
+/// Formats whose values have scales.
+pub(crate) const BLOCKED: [WeightFormat; 3] =
+    [WeightFormat::Q8, WeightFormat::Q4, WeightFormat::Fp8];
+
 /// Random weights as stored, and their values.
 pub(crate) fn matrix(
     random: &mut Random,
@@ -92,6 +96,7 @@ pub(crate) fn matrix(
             let stored: Vec<bf16> = values.iter().map(|value| bf16::from_f32(*value)).collect();
             (Memory::of(&stored), stored.iter().map(|value| value.to_f32()).collect())
         }
+        _ => panic!("{format:?} is packed by task"),
     }
 }
 

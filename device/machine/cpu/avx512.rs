@@ -39,6 +39,7 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
         WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),
         WeightFormat::F16 => matmul_stored::<f16>(m, x, token_count, y, out_first),
         WeightFormat::Bf16 => matmul_stored::<Bf16>(m, x, token_count, y, out_first),
+        WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => {}
     }
 }
 

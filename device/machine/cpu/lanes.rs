@@ -189,6 +189,7 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
         WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),
         WeightFormat::F16 => matmul_stored::<f16>(m, x, token_count, y, out_first),
         WeightFormat::Bf16 => matmul_stored::<Bf16>(m, x, token_count, y, out_first),
+        WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => {}
     }
 }
 
@@ -378,6 +379,7 @@ pub(super) fn widen(address: u64, format: WeightFormat, first: u64, out: &mut [f
         WeightFormat::F32 => widen_stored::<f32>(address, first, out),
         WeightFormat::F16 => widen_stored::<f16>(address, first, out),
         WeightFormat::Bf16 => widen_stored::<Bf16>(address, first, out),
+        WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => {}
     }
 }
 

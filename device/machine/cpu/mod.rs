@@ -5,7 +5,10 @@
 //! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
 
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+mod blocks;
 pub mod counter;
 mod lanes;
 pub mod thread;
@@ -52,26 +55,26 @@ impl Isa {
     }
 }
 
-/// Defines a primitive that runs its body compiled for the chosen instruction set, or another one
-/// for AVX-512.
+/// Defines a primitive that runs its body compiled for the chosen instruction set, or those of AVX2
+/// and of AVX-512.
 macro_rules! primitive {
     ($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $body:path) => {
         primitive! {
-            $(#[$doc])* $name($($arg: $type),*) $(-> $out)? = $body, $body
+            $(#[$doc])* $name($($arg: $type),*) $(-> $out)? = $body, $body, $body
         }
     };
     (
         $(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?
-            = $body:path, $wide:path
+            = $body:path, $eight:path, $sixteen:path
     ) => {
         $(#[$doc])*
         fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-                fn avx512($($arg: $type),*) $(-> $out)? { $wide($($arg),*) }
+                fn avx512($($arg: $type),*) $(-> $out)? { $sixteen($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2($($arg: $type),*) $(-> $out)? { $body($($arg),*) }
+                fn avx2($($arg: $type),*) $(-> $out)? { $eight($($arg),*) }
                 match isa {
                     // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
                     Isa::Avx512 => return unsafe { avx512($($arg),*) },
@@ -102,7 +105,7 @@ pub struct Matrix {
 primitive! {
     /// `y[token, out_first + row] = matrix[row] · x[token]`.
     matmul(matrix: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize)
-        = lanes::matmul, avx512::matmul
+        = lanes::matmul, avx2::matmul, avx512::matmul
 }
 primitive! {
     /// `out = weight * x / sqrt(mean(x^2) + eps)`; all of one length.
@@ -122,7 +125,7 @@ primitive! {
     /// and after it the largest score and the sum of weights.
     attend(
         queries: Rows, query_count: usize, keys: &[f32], values: &[f32], scale: f32, out: Rows
-    ) = lanes::attend, avx512::attend::attend
+    ) = lanes::attend, lanes::attend, avx512::attend::attend
 }
 primitive! {
     /// `out += x * scale`.

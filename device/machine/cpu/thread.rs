@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
-use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::program::{Dims, INPUT_ROW_MULTIPLE};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::{Isa, Matrix};
+use super::{Isa, Matrix, blocks};
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 
@@ -39,6 +39,16 @@ pub struct Thread {
     pub idling: Idling,
     /// Zero of the device's clock.
     pub clock: Instant,
+}
+
+impl Thread {
+    /// The integers of `count` rows of `dim` values; `to` may be the same rows.
+    fn split(&self, format: WeightFormat, from: Rows, to: Rows, count: usize, dim: usize) {
+        for row in 0..count {
+            let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
+            blocks::split(self.isa, format, from.row(row, dim), to);
+        }
+    }
 }
 
 impl Machine for Thread {
@@ -98,7 +108,7 @@ impl Machine for Thread {
 
     #[inline(always)]
     fn input_rows(&self, heap: Span<f32>, _count: usize, dim: usize) -> Rows {
-        Rows { values: heap, stride: dim.next_multiple_of(16) }
+        Rows { values: heap, stride: dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize) }
     }
 
     #[inline(always)]
@@ -107,8 +117,29 @@ impl Machine for Thread {
     }
 
     #[inline(always)]
-    fn gather(&self, from: Rows, _count: usize, _dim: usize, _to: Rows, _is_kept: bool) -> Rows {
-        from
+    fn gather(
+        &self,
+        format: WeightFormat,
+        from: Rows,
+        count: usize,
+        dim: usize,
+        to: Rows,
+        is_kept: bool,
+    ) -> Rows {
+        if !blocks::takes_integers(format) {
+            return from;
+        }
+        if !is_kept {
+            self.split(format, from, to, count, dim);
+        }
+        to
+    }
+
+    #[inline(always)]
+    fn settle(&self, format: WeightFormat, x: Rows, count: usize, dim: usize) {
+        if blocks::takes_integers(format) {
+            self.split(format, x, x, count, dim);
+        }
     }
 
     #[inline(always)]
@@ -128,18 +159,22 @@ impl Machine for Thread {
 
     fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows) {
         let args = LinearArgs::unpack(task);
+        let matrix = |address, row_count: u32| Matrix {
+            address,
+            format: args.format,
+            row_count: row_count as usize,
+            in_dim: args.in_dim as usize,
+        };
+        if args.format.is_blocked() {
+            // Segments touch.
+            let whole = matrix(task.segment(0).weights, args.row_count());
+            return blocks::matmul(self.isa, whole, x, count, out);
+        }
         let mut first = 0;
-        for segment in &args.segments {
-            if segment.row_count > 0 {
-                let matrix = Matrix {
-                    address: segment.weights,
-                    format: args.format,
-                    row_count: segment.row_count as usize,
-                    in_dim: args.in_dim as usize,
-                };
-                super::matmul(self.isa, matrix, x, count, out, first);
-                first += segment.row_count as usize;
-            }
+        for segment in args.segments.iter().filter(|segment| segment.row_count > 0) {
+            let rows = matrix(segment.weights, segment.row_count);
+            super::matmul(self.isa, rows, x, count, out, first);
+            first += segment.row_count as usize;
         }
     }
 

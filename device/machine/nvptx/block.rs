@@ -284,7 +284,15 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn gather(&self, from: Rows, count: usize, dim: usize, to: Rows, is_kept: bool) -> Rows {
+    fn gather(
+        &self,
+        _format: WeightFormat,
+        from: Rows,
+        count: usize,
+        dim: usize,
+        to: Rows,
+        is_kept: bool,
+    ) -> Rows {
         if self.layout.get() == Layout::Far {
             return from;
         }

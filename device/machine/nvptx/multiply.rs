@@ -30,7 +30,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
     match block.kind.format {
         WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
         WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
-        WeightFormat::Bf16 => tensor::multiply(block, task, x, count),
+        _ => tensor::multiply(block, task, x, count),
     }
     sync_compute();
 }

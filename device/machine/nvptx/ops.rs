@@ -33,6 +33,8 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
             WeightFormat::F16 => linear_f16(slot),
             WeightFormat::Bf16 if has_few_rows(worker, claim.task, slot) => linear_bf16(slot),
             WeightFormat::Bf16 => linear_bf16_wide(slot),
+            // The host does not make such programs for a GPU.
+            WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
         },
         Opcode::Attention => attention(slot),
         Opcode::Sample => sample(slot),
