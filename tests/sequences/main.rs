@@ -2,4 +2,5 @@
 
 mod company;
 mod play;
+mod quantised;
 mod sampling;

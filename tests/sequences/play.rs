@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use tilert_mk::engine::{
-    DeviceKind, Engine, EngineOptions, Event, FinishReason, ModelSource, Request,
+    DeviceKind, Engine, EngineOptions, Event, FinishReason, ModelSource, Request, Weights,
 };
 use tilert_mk_shared::sample::SamplingParams;
 
@@ -19,11 +19,23 @@ pub(crate) fn checkpoint(name: &str) -> PathBuf {
 
 /// A checkpoint on the CPU.
 pub(crate) fn open(path: &Path, workers: u32, slots: u32, step_tokens: u32) -> Engine {
+    open_with(path, workers, slots, step_tokens, Weights::Native)
+}
+
+/// The same with quantised weights.
+pub(crate) fn open_with(
+    path: &Path,
+    workers: u32,
+    slots: u32,
+    step_tokens: u32,
+    weights: Weights,
+) -> Engine {
     let options = EngineOptions {
         workers: Some(workers),
         max_context: Some(256),
         slots,
         step_tokens,
+        weights,
         ..EngineOptions::default()
     };
     let device = DeviceKind::Cpu.open(false).expect("the CPU is there");

@@ -7,9 +7,12 @@
 //! multiplications want them and yet give the same bits, as they do with `Fp8`, whose products are
 //! those of f32.
 
+// Their loops count: closures have no instruction set of their own.
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+#[allow(clippy::needless_range_loop)]
 mod avx512;
 mod portable;
 
@@ -127,17 +130,19 @@ pub(super) fn split(isa: Isa, format: WeightFormat, from: Span<f32>, to: Span<f3
         let block = match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `BlockIsa::of` has found the instructions; words without padding.
-            BlockIsa::Avx512 => unsafe { transmute(avx512::split(&values, offset)) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            BlockIsa::Avx2 if format == WeightFormat::Q4 => unsafe {
-                transmute(avx2::split_digits(&values))
+            BlockIsa::Avx512 => unsafe {
+                transmute::<Digits, Block>(avx512::split(&values, offset))
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 => unsafe { transmute(avx2::split_halves(&values)) },
+            BlockIsa::Avx2 if format == WeightFormat::Q4 => unsafe {
+                transmute::<Digits, Block>(avx2::split_digits(&values))
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            BlockIsa::Avx2 => unsafe { transmute::<Halves, Block>(avx2::split_halves(&values)) },
             // SAFETY: words without padding.
-            _ => unsafe { transmute(portable::split(&values, offset)) },
+            _ => unsafe { transmute::<Halves, Block>(portable::split(&values, offset)) },
         };
         blocks.write(idx, block);
     }
