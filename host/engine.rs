@@ -23,7 +23,7 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
-use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::task::{Precision, WeightFormat};
 use tilert_mk_shared::tile::SharedPlan;
 use tilert_mk_shared::trace::TraceRecord;
 
@@ -475,6 +475,14 @@ fn lower_options(
         let message = format!("{name}: quantised weights need --device cpu; a GPU has none yet");
         return Err(Error::Device(message));
     }
+    let precision = match options.compute {
+        Compute::Exact => Precision::Exact,
+        Compute::Bf16 => Precision::Bf16,
+    };
+    if precision != Precision::Exact && profile.shared_bytes > 0 {
+        let name = &profile.name;
+        return Err(Error::Device(format!("{name}: --compute bf16 needs --device cpu")));
+    }
     let context = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
     Ok(LowerOptions {
         worker_count,
@@ -483,6 +491,7 @@ fn lower_options(
         step_tokens_max: options.step_tokens.min(profile.step_tokens_max),
         stored_format: format_of(dtype),
         format,
+        precision,
         tile_bytes: profile.tile_bytes,
         tile_rows_max: profile.tile_rows_max,
     })

@@ -15,7 +15,7 @@ use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Segment, Task, WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Segment, Task, WeightFormat,
 };
 
 use crate::config::ModelConfig;
@@ -58,6 +58,8 @@ pub struct LowerOptions {
     pub stored_format: WeightFormat,
     /// Format in which linear tasks read them: the same, or one of blocks.
     pub format: WeightFormat,
+    /// How precisely they multiply.
+    pub precision: Precision,
     /// Weight bytes of a linear task at most, about. `u64::MAX` makes as few tiles as possible: one
     /// for each worker, or more where a tile would have too many rows.
     pub tile_bytes: u64,
@@ -86,6 +88,8 @@ pub struct Program {
     pub stored_format: WeightFormat,
     /// Format in which linear tasks read them.
     pub format: WeightFormat,
+    /// How precisely linear tasks multiply.
+    pub precision: Precision,
     /// Shared sizes.
     pub dims: Dims,
     /// The heap.
@@ -130,6 +134,7 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
         queue_entries,
         stored_format: options.stored_format,
         format: options.format,
+        precision: options.precision,
         dims,
         plan,
         // The operators, between admission and sampling.
@@ -142,8 +147,9 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
 
 fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
     let prologue_dim = config.hidden_dim.max(config.query_dim());
-    // A worker brings rows for weights of blocks into another form, also where no prologue does.
-    let inner_dim = if options.format.is_blocked() { config.intermediate_dim } else { 0 };
+    // Workers may bring rows into another form, also where no prologue does.
+    let is_plain = !options.format.is_blocked() && options.precision == Precision::Exact;
+    let inner_dim = if is_plain { 0 } else { config.intermediate_dim };
     Dims {
         hidden_dim: config.hidden_dim,
         intermediate_dim: config.intermediate_dim,
@@ -256,6 +262,7 @@ impl<'a> Builder<'a> {
                 epilogue: linear.epilogue,
                 token_rows: linear.token_rows,
                 format: self.options.format,
+                precision: self.options.precision,
                 in_dim: linear.in_dim,
                 x_stride: linear.in_dim,
                 y_stride: linear.out_dim,

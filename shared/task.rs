@@ -113,6 +113,16 @@ impl WeightFormat {
     }
 }
 
+/// How precisely a linear task multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u16)]
+pub enum Precision {
+    /// Inputs as they are: f32, or integers of 24 bits where weights are integers.
+    Exact = 0,
+    /// Inputs rounded to bf16, or to integers of 16 bits where weights are integers.
+    Bf16 = 1,
+}
+
 /// What a linear task computes before it multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
@@ -236,6 +246,8 @@ pub struct LinearArgs {
     pub token_rows: TokenRows,
     /// Format of all segments.
     pub format: WeightFormat,
+    /// Precision of the inputs.
+    pub precision: Precision,
     /// Values in an input row; a multiple of 8.
     pub in_dim: u32,
     /// Values from one input row to the next.
@@ -261,7 +273,8 @@ impl LinearArgs {
         task.flags = self.prologue as u16
             | (self.epilogue as u16) << 2
             | (self.token_rows as u16) << 4
-            | (self.format as u16) << 5;
+            | (self.format as u16) << 5
+            | (self.precision as u16) << 8;
         let [a, b, c] = self.segments;
         task.words = [
             self.in_dim,
@@ -305,7 +318,8 @@ impl LinearArgs {
                 _ => Epilogue::SiluMul,
             },
             token_rows: if task.flags >> 4 & 1 == 0 { TokenRows::All } else { TokenRows::Logits },
-            format: WeightFormat::from_raw(task.flags >> 5),
+            format: WeightFormat::from_raw(task.flags >> 5 & 7),
+            precision: if task.flags >> 8 == 0 { Precision::Exact } else { Precision::Bf16 },
             in_dim: w[0],
             x_stride: w[1],
             y_stride: w[2],
@@ -440,6 +454,7 @@ mod tests {
                             epilogue,
                             token_rows,
                             format,
+                            precision: Precision::Bf16,
                             in_dim: 72,
                             x_stride: 73,
                             y_stride: 74,

@@ -10,7 +10,9 @@ use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::machine::{Machine, Rows, Split};
 use tilert_mk_shared::limits::{DECODE_TOKENS_MAX, STEP_TOKENS_MAX};
-use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Segment, TokenRows, WeightFormat};
+use tilert_mk_shared::task::{
+    Epilogue, LinearArgs, Precision, Prologue, Segment, TokenRows, WeightFormat,
+};
 
 /// Values of a row of weights, of a norm and of a hidden state.
 const IN_DIM: usize = 1024;
@@ -56,6 +58,7 @@ fn matmul(criterion: &mut Criterion) {
             epilogue: Epilogue::Store,
             token_rows: TokenRows::All,
             format,
+            precision: Precision::Exact,
             in_dim: IN_DIM as u32,
             x_stride: IN_DIM as u32,
             y_stride: ROW_COUNT as u32,
@@ -79,7 +82,7 @@ fn matmul(criterion: &mut Criterion) {
             let mut settled = values(tokens * IN_DIM);
             let [x, settled] =
                 [&mut x, &mut settled].map(|rows| Rows { values: span(rows), stride: IN_DIM });
-            let x = machine.gather(format, x, tokens, IN_DIM, settled, false);
+            let x = machine.gather(&task, x, tokens, IN_DIM, settled, false);
             let y = Rows { values: span(&mut y), stride: ROW_COUNT };
             let bytes = ROW_COUNT as u64 * format.row_bytes(IN_DIM as u32);
             group.throughput(Throughput::Bytes(bytes));

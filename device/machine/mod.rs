@@ -162,12 +162,12 @@ pub trait Machine {
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
     fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;
 
-    /// Collective: `from` as input of `multiply` for weights of `format`, copied to `to` if the machine
-    /// wants it near or in another form. `is_kept`: an earlier call with the same arguments has done
-    /// so, and nobody has used `to`.
+    /// Collective: `from` as input of `multiply` for a linear task, copied to `to` if the machine wants
+    /// it near or in another form. `is_kept`: an earlier call with the same arguments has done so, and
+    /// nobody has used `to`.
     fn gather(
         &self,
-        format: WeightFormat,
+        task: &Task,
         from: Rows,
         count: usize,
         dim: usize,
@@ -176,9 +176,9 @@ pub trait Machine {
     ) -> Rows;
 
     /// Collective: brings rows that a prologue has left into the form in which `multiply` takes them
-    /// for weights of `format`, in place.
+    /// for a linear task, in place.
     #[inline(always)]
-    fn settle(&self, _format: WeightFormat, _x: Rows, _count: usize, _dim: usize) {}
+    fn settle(&self, _task: &Task, _x: Rows, _count: usize, _dim: usize) {}
 
     /// Collective: `out[i] = weight * from(i) / sqrt(mean(from(i)^2) + eps)` for each row.
     fn rms_norm(

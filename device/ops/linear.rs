@@ -25,7 +25,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     }
     let task = claim.task;
     worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
-    let x = input(worker, claim.epoch, &args, step, row_count);
+    let x = input(worker, claim, &args, step, row_count);
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
@@ -38,7 +38,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
 #[inline(always)]
 fn input<M: Machine>(
     worker: &Worker<M>,
-    epoch: u32,
+    claim: &Claim,
     args: &LinearArgs,
     step: &StepState,
     count: usize,
@@ -49,13 +49,13 @@ fn input<M: Machine>(
         TokenRows::Logits => step.logit_tokens[row] as usize,
     };
     let x = worker.machine.input_rows(super::scratch_input(worker), count, dim);
-    let prologue = u64::from(epoch) << 32 | u64::from(args.prologue_key);
+    let prologue = u64::from(claim.epoch) << 32 | u64::from(args.prologue_key);
     let is_kept = worker.prologue.replace(prologue) == prologue;
     match args.prologue {
         Prologue::None => {
             let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);
             let from = Rows { values, stride: args.x_stride as usize };
-            return worker.machine.gather(args.format, from, count, dim, x, is_kept);
+            return worker.machine.gather(claim.task, from, count, dim, x, is_kept);
         }
         _ if is_kept => {}
         Prologue::RmsNorm => {
@@ -82,7 +82,7 @@ fn input<M: Machine>(
         }
     }
     if !is_kept {
-        worker.machine.settle(args.format, x, count, dim);
+        worker.machine.settle(claim.task, x, count, dim);
     }
     x
 }

@@ -17,7 +17,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tilert_mk_shared::limits::WORKER_COUNT_MAX;
 
@@ -84,7 +84,7 @@ struct ModelArgs {
     /// Quantise the matrices when they are loaded, the embedding excepted.
     #[arg(long, value_enum, default_value_t = Weights::Native)]
     weights: Weights,
-    /// Precision of activations and sums.
+    /// Precision of the activations that are multiplied; sums are f32 or exact.
     #[arg(long, value_enum, default_value_t = Compute::Exact)]
     compute: Compute,
     /// Keep the CPU's workers from sleeping, and pin them to cores even if there are fewer than cores:
@@ -106,6 +106,11 @@ impl ModelArgs {
 
     fn directory(&self) -> Option<&Path> {
         self.model.as_deref()
+    }
+
+    /// The format of the matrices, as the flag spells it.
+    fn weights_name(&self) -> String {
+        self.weights.to_possible_value().map_or_else(String::new, |value| value.get_name().into())
     }
 
     /// Options for one sequence; the caller overrides what it knows better.

@@ -72,8 +72,10 @@ pub enum Weights {
 /// How products are computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Compute {
-    /// Weights as stored, activations and sums in f32.
+    /// Activations as they are: f32, or integers of 24 bits beside quantised weights.
     Exact,
+    /// Activations rounded to bf16, or to integers of 16 bits beside quantised weights.
+    Bf16,
 }
 
 /// What the user decides about an engine.

@@ -94,7 +94,7 @@ impl Steps {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tilert_mk_shared::task::WeightFormat;
+    use tilert_mk_shared::task::{Precision, WeightFormat};
 
     fn program(stage_count: u32, stage_tasks: u32, worker_count: u32) -> Program {
         let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
@@ -105,6 +105,7 @@ mod tests {
             step_tokens_max: 1,
             stored_format: WeightFormat::Bf16,
             format: WeightFormat::Bf16,
+            precision: Precision::Exact,
             tile_bytes: 1 << 20,
             tile_rows_max: 512,
         };

@@ -19,6 +19,7 @@ fn options(worker_count: u32, tile_bytes: u64) -> LowerOptions {
         step_tokens_max: 8,
         stored_format: WeightFormat::Bf16,
         format: WeightFormat::Bf16,
+        precision: Precision::Exact,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
     }

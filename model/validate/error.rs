@@ -1,7 +1,7 @@
 //! What can be wrong with a program. Every variant names tasks, events or regions in plain words.
 
 use super::access::Region;
-use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::task::{Precision, WeightFormat};
 
 /// A program that must not run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -298,6 +298,9 @@ pub enum TaskDefect {
     /// Matrices are stored in another format.
     #[error("the weights are {0:?}, but the program's are not")]
     Format(WeightFormat),
+    /// Products are of another precision.
+    #[error("its precision is {0:?}, but the program's is not")]
+    Precision(Precision),
     /// A heap offset is not in the first row of a region of activations.
     #[error("{what} is heap offset {offset}, which does not begin a row that it may use")]
     Offset {

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Prologue, Segment, Task, TokenRows,
-    WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Prologue, Segment, Task,
+    TokenRows, WeightFormat,
 };
 
 use super::access::{Accesses, Region};
@@ -175,10 +175,14 @@ impl<'a> Checker<'a> {
         if !args.in_dim.is_multiple_of(8) {
             return Err(Defect::Segments("in_dim is not a multiple of 8"));
         }
-        if args.prologue != Prologue::None || args.format.is_blocked() {
+        let is_plain = !args.format.is_blocked() && args.precision == Precision::Exact;
+        if args.prologue != Prologue::None || !is_plain {
             within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         }
         same_format(args.format, self.program.format)?;
+        if args.precision != self.program.precision {
+            return Err(Defect::Precision(args.precision));
+        }
         self.accesses.read(Region::Step, 0, 1);
         self.input(&args)?;
         self.segments(&args)?;

@@ -4,7 +4,7 @@ use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::limits::SEGMENT_ROWS_MAX;
 use tilert_mk_shared::program::HeapPlan;
 use tilert_mk_shared::queue::QueueSpan;
-use tilert_mk_shared::task::{AttentionArgs, LinearArgs, Opcode, Task, WeightFormat};
+use tilert_mk_shared::task::{AttentionArgs, LinearArgs, Opcode, Precision, Task, WeightFormat};
 
 use super::{Region, Staging, TaskDefect as Defect, ValidateError as E, validate, validate_for};
 use crate::config::ModelConfig;
@@ -38,6 +38,7 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
         step_tokens_max: 8,
         stored_format: WeightFormat::Bf16,
         format: WeightFormat::Bf16,
+        precision: Precision::Exact,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
     };

@@ -6,7 +6,7 @@ use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::sequence::StepToken;
 use tilert_mk_shared::task::{
-    Epilogue, LinearArgs, Opcode, Prologue, Segment, Task, TokenRows, WeightFormat,
+    Epilogue, LinearArgs, Opcode, Precision, Prologue, Segment, Task, TokenRows, WeightFormat,
 };
 
 use crate::rig::{Memory, Rig, dims};
@@ -25,6 +25,7 @@ fn linear(rig: &Rig, weights: &Memory) -> Task {
         epilogue: Epilogue::AddResidual,
         token_rows: TokenRows::All,
         format: WeightFormat::F32,
+        precision: Precision::Exact,
         in_dim: DIM as u32,
         x_stride: DIM as u32,
         y_stride: 40,

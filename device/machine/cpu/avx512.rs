@@ -4,6 +4,9 @@
 //! additions is that of `lanes`, lane by lane and in the fold, so the bits are the same.
 
 pub(super) mod attend;
+// Its loops count: closures have no instruction set of their own.
+#[allow(clippy::needless_range_loop)]
+mod bf16;
 
 use std::arch::x86_64::{
     __m512, _mm256_loadu_si256, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
@@ -16,8 +19,8 @@ use std::ops::Range;
 use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
-use super::Matrix;
 use super::lanes::{Bf16, LANES, Stored, VECTOR, weights};
+use super::{InputForm, Matrix};
 use crate::machine::Rows;
 
 /// Rows of a block.
@@ -35,6 +38,10 @@ const FOLDED: usize = 16;
 /// See `super::matmul`.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
+    if m.inputs == InputForm::Packed {
+        // SAFETY: `InputForm::of` has found the instructions.
+        return unsafe { bf16::matmul(&m, &x, token_count, &y, out_first) };
+    }
     match m.format {
         WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),
         WeightFormat::F16 => matmul_stored::<f16>(m, x, token_count, y, out_first),

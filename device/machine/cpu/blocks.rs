@@ -18,13 +18,13 @@ mod portable;
 
 use std::mem::transmute;
 
-use super::{Isa, Matrix};
+use super::{InputForm, Isa, Matrix};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
 use tilert_mk_shared::blocks::{
     BlockShape, FP8_BLOCK, Q_COLUMNS, Q4_OFFSET, Q8_OFFSET, STRIP_ROWS,
 };
-use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::task::{Precision, WeightFormat};
 
 /// Rows of a strip.
 const ROWS: usize = STRIP_ROWS as usize;
@@ -85,8 +85,16 @@ const EXPONENT_MIN: u32 = 24;
 const EXPONENT_MAX: u32 = 255;
 /// Integers are so far below 2^23 that their upper digit does not overflow.
 const HEADROOM: u32 = 0x2_0000;
-/// An integer's bits below the exponent of the largest value.
-const INTEGER_BITS: u32 = 22;
+/// Bits of the parts of an integer above the lowest 16: those of `Precision::Exact`.
+const EXACT_BITS: u32 = 22;
+
+/// An integer's bits below the exponent of its block's largest value.
+pub(super) const fn integer_bits(precision: Precision) -> u32 {
+    match precision {
+        Precision::Exact => EXACT_BITS,
+        Precision::Bf16 => EXACT_BITS - 8,
+    }
+}
 
 /// The exponent, as f32 stores it, that the integers of values belong to; `largest` is the bits of
 /// their largest magnitude.
@@ -95,13 +103,14 @@ fn exponent(largest: u32) -> u32 {
     ((largest + HEADROOM) >> 23).clamp(EXPONENT_MIN, EXPONENT_MAX)
 }
 
-/// What values are multiplied by to become integers, and what integers are multiplied by.
+/// What values are multiplied by to become integers of `bits` bits, and what integers are multiplied
+/// by.
 #[inline(always)]
-fn factors(exponent: u32) -> [f32; 2] {
+fn factors(exponent: u32, bits: u32) -> [f32; 2] {
     if exponent == EXPONENT_MAX {
         return [0.0, f32::NAN];
     }
-    [254 + INTEGER_BITS - exponent, exponent - INTEGER_BITS].map(|bits| f32::from_bits(bits << 23))
+    [254 + bits - exponent, exponent - bits].map(|bits| f32::from_bits(bits << 23))
 }
 
 /// What is added to codes of `format`, which has no `Fp8`.
@@ -110,14 +119,9 @@ fn offset(format: WeightFormat) -> i32 {
     if format == WeightFormat::Q4 { Q4_OFFSET } else { Q8_OFFSET }
 }
 
-/// Whether inputs are multiplied as integers.
-pub(super) fn takes_integers(format: WeightFormat) -> bool {
-    matches!(format, WeightFormat::Q8 | WeightFormat::Q4)
-}
-
-/// Writes the integers of a row `from` over `to`, which may be the same memory and has as many values
+/// Writes the integers of `bits` bits of a row `from` over `to`, which may be the same memory and has as many values
 /// as `from`, rounded up to whole blocks.
-pub(super) fn split(isa: Isa, format: WeightFormat, from: Span<f32>, to: Span<f32>) {
+pub(super) fn split(isa: Isa, format: WeightFormat, bits: u32, from: Span<f32>, to: Span<f32>) {
     let len = from.len();
     let to = to.sub(0, len.next_multiple_of(Q_COLUMNS));
     // SAFETY: as many bytes as `to` has, all this worker's own, and any bytes are words.
@@ -131,24 +135,26 @@ pub(super) fn split(isa: Isa, format: WeightFormat, from: Span<f32>, to: Span<f3
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `BlockIsa::of` has found the instructions; words without padding.
             BlockIsa::Avx512 => unsafe {
-                transmute::<Digits, Block>(avx512::split(&values, offset))
+                transmute::<Digits, Block>(avx512::split(&values, offset, bits))
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             BlockIsa::Avx2 if format == WeightFormat::Q4 => unsafe {
-                transmute::<Digits, Block>(avx2::split_digits(&values))
+                transmute::<Digits, Block>(avx2::split_digits(&values, bits))
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 => unsafe { transmute::<Halves, Block>(avx2::split_halves(&values)) },
+            BlockIsa::Avx2 => unsafe {
+                transmute::<Halves, Block>(avx2::split_halves(&values, bits))
+            },
             // SAFETY: words without padding.
-            _ => unsafe { transmute::<Halves, Block>(portable::split(&values, offset)) },
+            _ => unsafe { transmute::<Halves, Block>(portable::split(&values, offset, bits)) },
         };
         blocks.write(idx, block);
     }
 }
 
-/// `y[token, row] = matrix[row] · x[token]`; inputs are integers where `takes_integers`.
+/// `y[token, row] = matrix[row] · x[token]`; inputs are integers but for `Fp8`.
 pub(super) fn matmul(isa: Isa, m: Matrix, x: Rows, token_count: usize, y: Rows) {
     let Some(shape) = BlockShape::of(m.format) else { return };
     let strip_bytes = shape.strip_bytes(m.in_dim as u32) as usize;
@@ -157,7 +163,7 @@ pub(super) fn matmul(isa: Isa, m: Matrix, x: Rows, token_count: usize, y: Rows) 
     let bytes = unsafe { Span::<u8>::new(m.address, byte_count) };
     let isa = BlockIsa::of(isa, m.format);
     for (idx, strip) in bytes.as_slice().chunks_exact(strip_bytes).enumerate() {
-        let strip = Strip { isa, format: m.format, in_dim: m.in_dim, bytes: strip };
+        let strip = Strip { isa, inputs: m.inputs, in_dim: m.in_dim, bytes: strip };
         let first = idx * ROWS;
         let out = Rows { values: y.values.sub(first, y.values.len() - first), stride: y.stride };
         let len = ROWS.min(m.row_count - first);
@@ -187,7 +193,7 @@ impl BlockIsa {
         #[cfg(target_arch = "x86_64")]
         {
             let has_products =
-                !takes_integers(format) || std::arch::is_x86_feature_detected!("avx512vnni");
+                format == WeightFormat::Fp8 || std::arch::is_x86_feature_detected!("avx512vnni");
             match isa {
                 Isa::Avx512 if has_products => return BlockIsa::Avx512,
                 Isa::Avx512 | Isa::Avx2 => return BlockIsa::Avx2,
@@ -202,7 +208,7 @@ impl BlockIsa {
 /// A strip of rows.
 struct Strip<'a> {
     isa: BlockIsa,
-    format: WeightFormat,
+    inputs: InputForm,
     in_dim: usize,
     bytes: &'a [u8],
 }
@@ -211,9 +217,17 @@ impl Strip<'_> {
     /// Products with `T` tokens, the first `len` of them to each row of `out`.
     #[inline]
     fn multiply<const T: usize>(&self, x: &Rows, token: usize, out: &Rows, len: usize) {
-        let products = match self.format {
-            WeightFormat::Q8 => self.integer_products::<T, true>(x, token),
-            WeightFormat::Q4 => self.integer_products::<T, false>(x, token),
+        let products = match self.inputs {
+            InputForm::Integers { format: WeightFormat::Q8, bits: EXACT_BITS } => {
+                self.integer_products::<T, true, true>(x, token)
+            }
+            InputForm::Integers { format: WeightFormat::Q8, .. } => {
+                self.integer_products::<T, true, false>(x, token)
+            }
+            InputForm::Integers { bits: EXACT_BITS, .. } => {
+                self.integer_products::<T, false, true>(x, token)
+            }
+            InputForm::Integers { .. } => self.integer_products::<T, false, false>(x, token),
             _ => self.float_products::<T>(x, token),
         };
         for (t, products) in products.iter().enumerate() {
@@ -222,7 +236,8 @@ impl Strip<'_> {
         }
     }
 
-    fn integer_products<const T: usize, const IS_Q8: bool>(
+    /// Products with integers, of which `IS_EXACT` has parts above the lowest 16 bits.
+    fn integer_products<const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
         &self,
         x: &Rows,
         token: usize,
@@ -231,16 +246,20 @@ impl Strip<'_> {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `BlockIsa::of` has found the instructions; `split` has left its digits.
             BlockIsa::Avx512 => unsafe {
-                avx512::integers::<T, IS_Q8>(self.bytes, self.inputs(x, token))
+                avx512::integers::<T, IS_Q8, IS_EXACT>(self.bytes, self.input_blocks(x, token))
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 if IS_Q8 => unsafe { avx2::halves(self.bytes, self.inputs(x, token)) },
+            BlockIsa::Avx2 if IS_Q8 => unsafe {
+                avx2::halves::<T, IS_EXACT>(self.bytes, self.input_blocks(x, token))
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 => unsafe { avx2::digits(self.bytes, self.inputs(x, token)) },
+            BlockIsa::Avx2 => unsafe {
+                avx2::digits::<T, IS_EXACT>(self.bytes, self.input_blocks(x, token))
+            },
             // SAFETY: `split` has left them.
-            _ => portable::integers::<T, IS_Q8>(self.bytes, unsafe { self.inputs(x, token) }),
+            _ => portable::integers::<T, IS_Q8>(self.bytes, unsafe { self.input_blocks(x, token) }),
         }
     }
 
@@ -248,7 +267,7 @@ impl Strip<'_> {
     ///
     /// # Safety
     /// They are `Q`s, which have the size of `Block`.
-    unsafe fn inputs<Q, const T: usize>(&self, x: &Rows, token: usize) -> [&[Q]; T] {
+    unsafe fn input_blocks<Q, const T: usize>(&self, x: &Rows, token: usize) -> [&[Q]; T] {
         let count = self.in_dim.div_ceil(Q_COLUMNS);
         let mut inputs: [&[Q]; T] = [&[]; T];
         for (t, input) in inputs.iter_mut().enumerate() {

@@ -12,10 +12,12 @@ mod avx2;
 mod avx512;
 mod blocks;
 pub mod counter;
+mod inputs;
 mod lanes;
 pub mod thread;
 
 use super::Rows;
+pub use inputs::InputForm;
 use tilert_mk_shared::task::WeightFormat;
 
 /// Instruction sets that the primitives are compiled for.
@@ -45,6 +47,14 @@ impl Isa {
             }
         }
         Isa::Portable
+    }
+
+    /// Whether its instructions multiply bf16 values.
+    pub fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Isa::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// Whether this machine can run it.
@@ -98,6 +108,8 @@ pub struct Matrix {
     pub address: u64,
     /// How values are stored.
     pub format: WeightFormat,
+    /// How the inputs that they are multiplied by are stored.
+    pub inputs: InputForm,
     /// Rows.
     pub row_count: usize,
     /// Values in a row; a multiple of 8.

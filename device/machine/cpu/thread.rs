@@ -7,7 +7,7 @@ use tilert_mk_shared::program::{Dims, INPUT_ROW_MULTIPLE};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::{Isa, Matrix, blocks};
+use super::{InputForm, Isa, Matrix, blocks};
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine, Rotation, Rows, Split};
 
@@ -42,11 +42,13 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// The integers of `count` rows of `dim` values; `to` may be the same rows.
-    fn split(&self, format: WeightFormat, from: Rows, to: Rows, count: usize, dim: usize) {
+    /// Brings `count` rows of `dim` values into a task's form; `to` may be the same rows.
+    fn convert(&self, task: &Task, from: Rows, to: Rows, count: usize, dim: usize) {
+        let args = LinearArgs::unpack(task);
+        let form = InputForm::of(self.isa, args.format, args.precision);
         for row in 0..count {
             let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
-            blocks::split(self.isa, format, from.row(row, dim), to);
+            form.convert(self.isa, from.row(row, dim), to);
         }
     }
 }
@@ -119,27 +121,26 @@ impl Machine for Thread {
     #[inline(always)]
     fn gather(
         &self,
-        format: WeightFormat,
+        task: &Task,
         from: Rows,
         count: usize,
         dim: usize,
         to: Rows,
         is_kept: bool,
     ) -> Rows {
-        if !blocks::takes_integers(format) {
+        let args = LinearArgs::unpack(task);
+        if InputForm::of(self.isa, args.format, args.precision) == InputForm::Float {
             return from;
         }
         if !is_kept {
-            self.split(format, from, to, count, dim);
+            self.convert(task, from, to, count, dim);
         }
         to
     }
 
     #[inline(always)]
-    fn settle(&self, format: WeightFormat, x: Rows, count: usize, dim: usize) {
-        if blocks::takes_integers(format) {
-            self.split(format, x, x, count, dim);
-        }
+    fn settle(&self, task: &Task, x: Rows, count: usize, dim: usize) {
+        self.convert(task, x, x, count, dim);
     }
 
     #[inline(always)]
@@ -162,6 +163,7 @@ impl Machine for Thread {
         let matrix = |address, row_count: u32| Matrix {
             address,
             format: args.format,
+            inputs: InputForm::of(self.isa, args.format, args.precision),
             row_count: row_count as usize,
             in_dim: args.in_dim as usize,
         };

@@ -286,7 +286,7 @@ impl Machine for Block {
     #[inline(always)]
     fn gather(
         &self,
-        _format: WeightFormat,
+        _task: &Task,
         from: Rows,
         count: usize,
         dim: usize,

@@ -4,6 +4,7 @@
 
 mod compare;
 mod decode;
+mod loss;
 mod plot;
 mod prefill;
 mod probe;
@@ -26,6 +27,7 @@ Examples:
   tilert-mk bench prefill --model DIR --prompt-tokens 128,512
   tilert-mk bench steps --model DIR --context 64,1024 --width 1,8
   tilert-mk bench runtime --workers 2 --busy-poll
+  tilert-mk bench loss --weights q8
   tilert-mk bench bandwidth --threads 2
   tilert-mk bench decode --json > old.json
   tilert-mk bench decode --compare old.json --plot decode.svg";
@@ -47,6 +49,8 @@ enum What {
     Steps(steps::StepsArgs),
     /// Measure what the runtime adds: claims, signals, stages, reactions, sampling.
     Runtime(runtime::RuntimeArgs),
+    /// Print how well the model predicts a text: what a weight format costs.
+    Loss(loss::LossArgs),
     /// Print the read bandwidth of the memory.
     Bandwidth(probe::BandwidthArgs),
 }
@@ -58,6 +62,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
         What::Prefill(args) => prefill::run(args),
         What::Steps(args) => steps::run(args),
         What::Runtime(args) => runtime::run(args),
+        What::Loss(args) => loss::run(args),
         What::Bandwidth(args) => probe::run(args),
     }
 }

@@ -27,8 +27,8 @@ const QUADS: usize = Q_COLUMNS / QUAD;
 
 /// The parts that products with codes of 8 bits take.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn split_halves(values: &[f32; Q_COLUMNS]) -> Halves {
-    let (integers, scale) = integers_of(values);
+pub(super) fn split_halves(values: &[f32; Q_COLUMNS], bits: u32) -> Halves {
+    let (integers, scale) = integers_of(values, bits);
     let (mut lows, mut highs) = ([_mm256_setzero_si256(); 4], [_mm256_setzero_si256(); 4]);
     for idx in 0..4 {
         lows[idx] = _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(integers[idx]));
@@ -49,8 +49,8 @@ pub(super) fn split_halves(values: &[f32; Q_COLUMNS]) -> Halves {
 
 /// The parts that products with codes of 4 bits take.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn split_digits(values: &[f32; Q_COLUMNS]) -> Digits {
-    let (mut rest, scale) = integers_of(values);
+pub(super) fn split_digits(values: &[f32; Q_COLUMNS], bits: u32) -> Digits {
+    let (mut rest, scale) = integers_of(values, bits);
     let mut split = Digits { digits: [[0; Q_COLUMNS]; 3], start: [0; 3], scale, reserved: [0; 4] };
     for digit in 0..3 {
         let mut digits = [_mm256_setzero_si256(); 4];
@@ -69,21 +69,21 @@ pub(super) fn split_digits(values: &[f32; Q_COLUMNS]) -> Digits {
 /// A block's values as integers, and the scale.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn integers_of(values: &[f32; Q_COLUMNS]) -> ([__m256i; 4], f32) {
+fn integers_of(values: &[f32; Q_COLUMNS], bits: u32) -> ([__m256i; 4], f32) {
     let mut vectors = [_mm256_setzero_ps(); 4];
     let mut largest = _mm256_setzero_si256();
     for idx in 0..4 {
         // SAFETY: 8 values.
         vectors[idx] = unsafe { _mm256_loadu_ps(values[idx * 8..][..8].as_ptr()) };
-        let bits = _mm256_castps_si256(vectors[idx]);
-        let magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fff_ffff));
+        let stored = _mm256_castps_si256(vectors[idx]);
+        let magnitude = _mm256_and_si256(stored, _mm256_set1_epi32(0x7fff_ffff));
         largest = _mm256_max_epu32(largest, magnitude);
     }
     let four =
         _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256::<1>(largest));
     let two = _mm_max_epu32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
     let one = _mm_max_epu32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two));
-    let [factor, scale] = factors(exponent(_mm_cvtsi128_si32(one) as u32));
+    let [factor, scale] = factors(exponent(_mm_cvtsi128_si32(one) as u32), bits);
     let mut integers = [_mm256_setzero_si256(); 4];
     for idx in 0..4 {
         integers[idx] = _mm256_cvtps_epi32(_mm256_mul_ps(vectors[idx], _mm256_set1_ps(factor)));
@@ -124,14 +124,17 @@ fn bytes(vectors: &[__m256i; 4]) -> [i8; Q_COLUMNS] {
 
 /// Products of a strip of `Q8` with `T` inputs; see `portable::integers`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn halves<const T: usize>(strip: &[u8], x: [&[Halves]; T]) -> [[f32; ROWS]; T] {
+pub(super) fn halves<const T: usize, const IS_EXACT: bool>(
+    strip: &[u8],
+    x: [&[Halves]; T],
+) -> [[f32; ROWS]; T] {
     const CODE_BYTES: usize = q_code_bytes::<true>();
     let mut totals = [[_mm256_setzero_ps(); 2]; T];
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
         for t in 0..T {
             let x = &x[t][idx];
-            let [low, high] = half_sums(&block[..CODE_BYTES], x);
+            let [low, high] = half_sums::<IS_EXACT>(&block[..CODE_BYTES], x);
             for half in 0..2 {
                 let sum = exact(low[half], high[half]);
                 let scales = scales(&block[CODE_BYTES..], half, x.scale);
@@ -144,14 +147,17 @@ pub(super) fn halves<const T: usize>(strip: &[u8], x: [&[Halves]; T]) -> [[f32; 
 
 /// Products of a strip of `Q4` with `T` inputs; see `portable::integers`.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn digits<const T: usize>(strip: &[u8], x: [&[Digits]; T]) -> [[f32; ROWS]; T] {
+pub(super) fn digits<const T: usize, const IS_EXACT: bool>(
+    strip: &[u8],
+    x: [&[Digits]; T],
+) -> [[f32; ROWS]; T] {
     const CODE_BYTES: usize = q_code_bytes::<false>();
     let mut totals = [[_mm256_setzero_ps(); 2]; T];
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
         for t in 0..T {
             let x = &x[t][idx];
-            let sums = digit_sums(&block[..CODE_BYTES], x);
+            let sums = digit_sums::<IS_EXACT>(&block[..CODE_BYTES], x);
             for half in 0..2 {
                 let [low, middle, high] = sums[half];
                 let low = _mm256_add_epi32(_mm256_slli_epi32::<8>(middle), low);
@@ -180,7 +186,7 @@ fn scales(stored: &[u8], half: usize, scale: f32) -> __m256 {
 /// holds.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn digit_sums(codes: &[u8], x: &Digits) -> [[__m256i; 3]; 2] {
+fn digit_sums<const IS_EXACT: bool>(codes: &[u8], x: &Digits) -> [[__m256i; 3]; 2] {
     let mut words = [[_mm256_setzero_si256(); 3]; 2];
     let low = _mm256_set1_epi8(0x0f);
     for quad in 0..QUADS / 2 {
@@ -192,7 +198,8 @@ fn digit_sums(codes: &[u8], x: &Digits) -> [[__m256i; 3]; 2] {
             codes_of[half][0] = _mm256_and_si256(stored, low);
             codes_of[half][1] = _mm256_and_si256(_mm256_srli_epi16::<4>(stored), low);
         }
-        for digit in 0..3 {
+        // The highest is zero in integers of 16 bits.
+        for digit in 0..if IS_EXACT { 3 } else { 2 } {
             for part in 0..2 {
                 let input = quad_of(&x.digits[digit], quad + part * QUADS / 2);
                 for half in 0..2 {
@@ -234,7 +241,7 @@ fn exact(low: __m256i, high: __m256i) -> __m256 {
 /// The sums of a block's products with each part of the inputs, of rows 0 to 7 and of the others.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn half_sums(codes: &[u8], x: &Halves) -> [[__m256i; 2]; 2] {
+fn half_sums<const IS_EXACT: bool>(codes: &[u8], x: &Halves) -> [[__m256i; 2]; 2] {
     // Of four rows each, those of the first two columns of quads, and of the last two.
     let mut sums = [[_mm256_setzero_si256(); 4]; 2];
     for quad in 0..QUADS {
@@ -244,7 +251,8 @@ fn half_sums(codes: &[u8], x: &Halves) -> [[__m256i; 2]; 2] {
             // SAFETY: 16 bytes.
             let codes = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
             let codes = _mm256_cvtepu8_epi16(codes);
-            for part in 0..2 {
+            // The upper part is zero in integers of 16 bits.
+            for part in 0..if IS_EXACT { 2 } else { 1 } {
                 let products = _mm256_madd_epi16(codes, inputs[part]);
                 sums[part][rows] = _mm256_add_epi32(sums[part][rows], products);
             }

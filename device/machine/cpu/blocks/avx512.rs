@@ -24,16 +24,16 @@ const VECTORS: usize = Q_COLUMNS / VECTOR_COLUMNS;
 
 /// See `portable::split`.
 #[target_feature(enable = "avx512f")]
-pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32) -> Digits {
-    let bits = _mm512_set1_epi32(0x7fff_ffff);
+pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32, bits: u32) -> Digits {
+    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
     let (low, high) = values.split_at(16);
     // SAFETY: 16 values each.
     let halves = unsafe { [_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr())] };
     let largest = _mm512_max_epu32(
-        _mm512_and_si512(_mm512_castps_si512(halves[0]), bits),
-        _mm512_and_si512(_mm512_castps_si512(halves[1]), bits),
+        _mm512_and_si512(_mm512_castps_si512(halves[0]), magnitude),
+        _mm512_and_si512(_mm512_castps_si512(halves[1]), magnitude),
     );
-    let [factor, scale] = factors(exponent(_mm512_reduce_max_epu32(largest)));
+    let [factor, scale] = factors(exponent(_mm512_reduce_max_epu32(largest)), bits);
     let mut split = Digits { digits: [[0; Q_COLUMNS]; 3], start: [0; 3], scale, reserved: [0; 4] };
     let mut rest = [_mm512_set1_epi32(0); 2];
     for half in 0..2 {
@@ -58,7 +58,7 @@ pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32) -> Digits {
 
 /// See `portable::integers`.
 #[target_feature(enable = "avx512f,avx512vnni,f16c")]
-pub(super) fn integers<const T: usize, const IS_Q8: bool>(
+pub(super) fn integers<const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
     strip: &[u8],
     x: [&[Digits]; T],
 ) -> [[f32; ROWS]; T] {
@@ -76,7 +76,8 @@ pub(super) fn integers<const T: usize, const IS_Q8: bool>(
         for vector in 0..VECTORS {
             let codes = codes::<IS_Q8>(block, vector);
             for t in 0..T {
-                for digit in 0..DIGITS {
+                // The highest is zero in integers of 16 bits.
+                for digit in 0..if IS_EXACT { DIGITS } else { DIGITS - 1 } {
                     let input = quad(&x[t][idx].digits[digit], vector);
                     sums[t][digit] = _mm512_dpbusd_epi32(sums[t][digit], codes, input);
                 }

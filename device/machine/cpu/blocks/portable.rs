@@ -9,9 +9,9 @@ use tilert_mk_shared::blocks::code_byte;
 
 /// The parts of a block of values, and what sums of products with codes of this offset begin with.
 #[inline(always)]
-pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32) -> Halves {
-    let bits = values.iter().map(|value| value.to_bits() & 0x7fff_ffff);
-    let [factor, scale] = factors(exponent(bits.max().unwrap_or(0)));
+pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32, bits: u32) -> Halves {
+    let magnitudes = values.iter().map(|value| value.to_bits() & 0x7fff_ffff);
+    let [factor, scale] = factors(exponent(magnitudes.max().unwrap_or(0)), bits);
     let (mut low, mut high, mut start) = ([0; Q_COLUMNS], [0; Q_COLUMNS], [0; 2]);
     for (column, value) in values.iter().enumerate() {
         let integer = (value * factor).round_ties_even() as i32;

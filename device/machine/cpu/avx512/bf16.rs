@@ -1,0 +1,150 @@
+//! Products of bf16 weights with inputs that are rounded to bf16, by the instructions for them.
+//!
+//! These add two products to a sum in an order and with a rounding of their own, so bits are those of
+//! chips that have them; they depend on neither the task nor the other tokens.
+
+use std::arch::x86_64::{
+    __m512, __m512bh, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_setzero_ps,
+};
+use std::mem::transmute;
+use std::ops::Range;
+
+use super::{FOLDED, fold};
+use crate::machine::Rows;
+use crate::machine::cpu::Matrix;
+use crate::machine::memory::Span;
+
+/// Values of a vector.
+const WIDTH: usize = 32;
+/// Columns whose products go to the two sums of a row and a token.
+const COLUMNS: usize = 2 * WIDTH;
+/// Rows of a block.
+const ROWS: usize = 2;
+/// Tokens of a block.
+const TOKENS: usize = 4;
+
+/// See `cpu::matmul`; input rows are `InputForm::Packed`.
+#[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
+pub(super) fn matmul(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
+    let paired = m.row_count - m.row_count % ROWS;
+    let mut token = 0;
+    while token + TOKENS <= token_count {
+        products::<ROWS, TOKENS>(m, 0..paired, x, token, y, out_first);
+        products::<1, TOKENS>(m, paired..m.row_count, x, token, y, out_first);
+        token += TOKENS;
+    }
+    while token < token_count {
+        products::<1, 1>(m, 0..m.row_count, x, token, y, out_first);
+        token += 1;
+    }
+}
+
+/// Products of `rows`, `R` side by side, with `T` tokens from `token` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
+fn products<const R: usize, const T: usize>(
+    m: &Matrix,
+    rows: Range<usize>,
+    x: &Rows,
+    token: usize,
+    y: &Rows,
+    out_first: usize,
+) {
+    // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
+    let weights = unsafe { Span::<u16>::new(m.address, m.row_count * m.in_dim) };
+    let mut inputs: [&[u16]; T] = [&[]; T];
+    for t in 0..T {
+        let row = x.row(token + t, m.in_dim);
+        // SAFETY: `InputForm::convert` has left as many values at the row's begin.
+        inputs[t] = unsafe { std::slice::from_raw_parts(row.address() as *const u16, m.in_dim) };
+    }
+    for row in rows.step_by(R) {
+        let mut w: [&[u16]; R] = [&[]; R];
+        for r in 0..R {
+            w[r] = &weights.as_slice()[(row + r) * m.in_dim..][..m.in_dim];
+        }
+        let mut sums = [_mm512_setzero_ps(); FOLDED];
+        let found = dots::<R, T>(&w, &inputs);
+        for r in 0..R {
+            for t in 0..T {
+                sums[r * T + t] = found[r][t];
+            }
+        }
+        let folded = fold(&sums);
+        for r in 0..R {
+            for t in 0..T {
+                let out = (token + t) * y.stride + out_first + row + r;
+                y.values.write(out, folded[r * T + t]);
+            }
+        }
+    }
+}
+
+/// Sums of products of rows with inputs, all of one length.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
+fn dots<const R: usize, const T: usize>(w: &[&[u16]; R], x: &[&[u16]; T]) -> [[__m512; T]; R] {
+    let len = x[0].len();
+    let whole = len - len % COLUMNS;
+    let mut sums = [[[_mm512_setzero_ps(); 2]; T]; R];
+    for at in (0..whole).step_by(COLUMNS) {
+        add(&mut sums, w, x, at);
+    }
+    if whole < len {
+        let (mut weights, mut inputs) = ([[0; COLUMNS]; R], [[0; COLUMNS]; T]);
+        for r in 0..R {
+            weights[r][..len - whole].copy_from_slice(&w[r][whole..]);
+        }
+        for t in 0..T {
+            inputs[t][..len - whole].copy_from_slice(&x[t][whole..]);
+        }
+        let mut tails: ([&[u16]; R], [&[u16]; T]) = ([&[]; R], [&[]; T]);
+        for r in 0..R {
+            tails.0[r] = &weights[r];
+        }
+        for t in 0..T {
+            tails.1[t] = &inputs[t];
+        }
+        add(&mut sums, &tails.0, &tails.1, 0);
+    }
+    let mut totals = [[_mm512_setzero_ps(); T]; R];
+    for r in 0..R {
+        for t in 0..T {
+            totals[r][t] = _mm512_add_ps(sums[r][t][0], sums[r][t][1]);
+        }
+    }
+    totals
+}
+
+/// Adds the products of `COLUMNS` columns from `at` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn add<const R: usize, const T: usize>(
+    sums: &mut [[[__m512; 2]; T]; R],
+    w: &[&[u16]; R],
+    x: &[&[u16]; T],
+    at: usize,
+) {
+    for half in 0..2 {
+        let at = at + half * WIDTH;
+        let mut inputs = [load(&x[0][at..at + WIDTH]); T];
+        for t in 1..T {
+            inputs[t] = load(&x[t][at..at + WIDTH]);
+        }
+        for r in 0..R {
+            let weights = load(&w[r][at..at + WIDTH]);
+            for t in 0..T {
+                sums[r][t][half] = _mm512_dpbf16_ps(sums[r][t][half], weights, inputs[t]);
+            }
+        }
+    }
+}
+
+/// 32 values.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn load(values: &[u16]) -> __m512bh {
+    let values = &values[..WIDTH];
+    // SAFETY: 64 bytes, which are 32 values.
+    unsafe { transmute(_mm512_loadu_si512(values.as_ptr().cast())) }
+}

@@ -1,0 +1,89 @@
+//! The forms in which input rows are multiplied.
+
+use tilert_mk_shared::task::{Precision, WeightFormat};
+
+use super::{Isa, blocks};
+use crate::machine::memory::Span;
+
+/// How input rows are stored once they are ready to be multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputForm {
+    /// As f32.
+    Float,
+    /// As f32 that are rounded to bf16.
+    Rounded,
+    /// As bf16, for the chip's own products.
+    Packed,
+    /// As integers of `bits` bits with a scale for each block, for weights of this format.
+    Integers {
+        /// See above.
+        format: WeightFormat,
+        /// Bits of an integer, below that of the sign.
+        bits: u32,
+    },
+}
+
+impl InputForm {
+    /// The form for weights of a format.
+    pub fn of(isa: Isa, format: WeightFormat, precision: Precision) -> InputForm {
+        match (format, precision) {
+            (WeightFormat::Q8 | WeightFormat::Q4, _) => {
+                InputForm::Integers { format, bits: blocks::integer_bits(precision) }
+            }
+            (_, Precision::Exact) => InputForm::Float,
+            (WeightFormat::Bf16, Precision::Bf16) if isa.multiplies_bf16() => InputForm::Packed,
+            (_, Precision::Bf16) => InputForm::Rounded,
+        }
+    }
+
+    /// Writes a row in this form to `to`, which has as many values, rounded up to a multiple of 32, and
+    /// may be the same memory.
+    pub(super) fn convert(self, isa: Isa, from: Span<f32>, to: Span<f32>) {
+        match self {
+            InputForm::Float => {}
+            InputForm::Rounded => {
+                for column in 0..from.len() {
+                    let bits = u32::from(bf16_bits(from.read(column))) << 16;
+                    to.write(column, f32::from_bits(bits));
+                }
+            }
+            InputForm::Packed => {
+                // SAFETY: half of the row's bytes, all this worker's own, and any bytes are words.
+                let packed = unsafe { Span::<u16>::new(to.address(), from.len()) };
+                // In order: a value is read before its place is written to.
+                for column in 0..from.len() {
+                    packed.write(column, bf16_bits(from.read(column)));
+                }
+            }
+            InputForm::Integers { format, bits } => blocks::split(isa, format, bits, from, to),
+        }
+    }
+}
+
+/// The bf16 value nearest to a value, halves to even; a NaN stays one.
+#[inline(always)]
+fn bf16_bits(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+    if is_nan { (bits >> 16) as u16 | 0x40 } else { (rounded >> 16) as u16 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bf16_bits;
+    use half::bf16;
+
+    #[test]
+    fn rounding_is_that_of_half() {
+        for high in 0..=u16::MAX {
+            for low in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let value = f32::from_bits(u32::from(high) << 16 | low);
+                let expected = bf16::from_f32(value);
+                let found = bf16::from_bits(bf16_bits(value));
+                let is_same = found.to_bits() == expected.to_bits();
+                assert!(is_same || found.is_nan() && expected.is_nan(), "{value}: {found}");
+            }
+        }
+    }
+}
