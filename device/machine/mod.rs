@@ -119,6 +119,11 @@ pub trait Machine {
     /// Collective: brings the step's description near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>);
 
+    /// Collective: the input rows hold the result of this prologue from now on, see
+    /// `Progress::prologue`; for machines whose workers are made anew for each op.
+    #[inline(always)]
+    fn keep_prologue(&self, _prologue: u64) {}
+
     /// The step's description: what `keep_step` has brought near, or `step` itself.
     fn step(&self, step: Span<StepState>) -> Span<StepState>;
 

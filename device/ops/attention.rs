@@ -26,7 +26,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     }
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
     // The input rows are about to hold queries.
-    worker.prologue.set(0);
+    worker.keep_prologue(0);
     let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim);
     // Per token: its key, its value, the group's queries.
     let item_count = group + 2;

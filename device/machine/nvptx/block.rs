@@ -15,6 +15,7 @@ use tilert_mk_shared::tile::{
 
 use super::attend::Best;
 use super::barrier::sync_compute;
+use super::compute::Kept;
 use super::inputs::{Layout, put};
 use super::loader::PageCursor;
 use super::memory::{
@@ -233,6 +234,12 @@ impl Machine for Block {
             }
         }
         sync_compute();
+    }
+
+    /// At once, so that it is not kept until the op ends.
+    #[inline(always)]
+    fn keep_prologue(&self, prologue: u64) {
+        Kept::of_warp().save_prologue(self, prologue);
     }
 
     #[inline(always)]

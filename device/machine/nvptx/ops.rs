@@ -69,8 +69,10 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
         Worker::new(header, sreg::block_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    // Again: its place is not kept over the op.
-    Kept::of_warp().save(&block, worker.prologue.get(), result.is_err());
+    if opcode == Opcode::Admit {
+        // Again: its place is not kept over the op.
+        Kept::of_warp().save_stop(&block, result.is_err());
+    }
 }
 
 macro_rules! op {
