@@ -119,6 +119,12 @@ pub trait Machine {
     /// Collective: brings the step's description near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>);
 
+    /// The same value, from which a GPU computes anew: it keeps no results in scarce registers.
+    #[inline(always)]
+    fn again(&self, value: u32) -> u32 {
+        value
+    }
+
     /// Collective: the input rows hold the result of this prologue from now on, see
     /// `Progress::prologue`; for machines whose workers are made anew for each op.
     #[inline(always)]

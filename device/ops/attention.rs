@@ -4,8 +4,8 @@
 //! no event of its own within a step.
 
 use tilert_mk_shared::kv::{attention_split, attention_split_count};
-use tilert_mk_shared::sequence::StepToken;
-use tilert_mk_shared::task::AttentionArgs;
+use tilert_mk_shared::sequence::{StepState, StepToken};
+use tilert_mk_shared::task::{AttentionArgs, Task};
 
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
@@ -27,7 +27,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
     // The input rows are about to hold queries.
     worker.keep_prologue(0);
-    let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim);
+    let queries = queries(worker, count);
     // Per token: its key, its value, the group's queries.
     let item_count = group + 2;
     // In 32 bits: a GPU has no other division.
@@ -61,9 +61,15 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
             Rotation { from, out, norm: none, cos: none, sin: none }
         }
     });
-    for token_idx in 0..count {
-        attend(worker, &args, token_idx, &step.tokens[token_idx], queries);
-    }
+    attend_all(worker, claim.task);
+}
+
+/// The queries of `count` tokens.
+#[inline(always)]
+fn queries<M: Machine>(worker: &Worker<M>, count: usize) -> Rows {
+    let dims = &worker.header.dims;
+    let len = dims.heads_per_kv() as usize * dims.kv.head_dim as usize;
+    worker.machine.input_rows(super::scratch_input(worker), count, len)
 }
 
 /// One head of the token's queries, keys and values.
@@ -114,37 +120,56 @@ fn rotation<M: Machine>(
     Rotation { from, out, norm, cos, sin }
 }
 
-/// Attends from the token's queries to the positions of the task's splits, split by split.
+/// Attends from each token's queries to the positions of the task's splits, split by split.
+///
+/// Registers are scarce on a GPU meanwhile, so that all but the loops' indices is looked up again.
+#[inline(always)]
+fn attend_all<M: Machine>(worker: &Worker<M>, task: &Task) {
+    let mut token_idx = 0;
+    while token_idx < super::step(worker).get(0).token_count {
+        let mut split = AttentionArgs::unpack(task).part_idx;
+        loop {
+            let step_view = super::step(worker);
+            let (step, token_idx) = (step_view.get(0), worker.machine.again(token_idx));
+            if split >= attention_split_count(step.tokens[token_idx as usize].position) {
+                break;
+            }
+            attend(worker, task, step, token_idx, split);
+            split += AttentionArgs::unpack(task).part_count;
+        }
+        token_idx += 1;
+    }
+}
+
+/// Attends from a token's queries to the positions of a split.
 #[inline(always)]
 fn attend<M: Machine>(
     worker: &Worker<M>,
-    args: &AttentionArgs,
-    token_idx: usize,
-    token: &StepToken,
-    queries: Rows,
+    task: &Task,
+    step: &StepState,
+    token_idx: u32,
+    split: u32,
 ) {
-    let dims = &worker.header.dims;
+    let (args, dims) = (AttentionArgs::unpack(task), &worker.header.dims);
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
+    let token = &step.tokens[token_idx as usize];
+    let queries = queries(worker, step.token_count as usize);
     let stride = dims.split_idx(0, 1, 0);
-    let mut split = args.part_idx;
-    while split < attention_split_count(token.position) {
-        let head_idx = args.kv_head_idx * dims.heads_per_kv();
-        let offset = args.splits + dims.split_idx(token_idx as u32, head_idx, split) * 4;
-        let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
-        worker.machine.attend(Split {
-            queries: Rows {
-                values: queries.values.sub(token_idx * queries.stride, group * dim),
-                stride: dim,
-            },
-            query_count: group,
-            keys: plane(worker, args, token.slot, 0),
-            values: plane(worker, args, token.slot, 1),
-            split,
-            position: token.position,
-            scale: dims.attention_scale,
-            out: Rows { values: worker.heap(offset, len), stride: stride as usize },
-            head_dim: dim,
-        });
-        split += args.part_count;
-    }
+    let head_idx = args.kv_head_idx * dims.heads_per_kv();
+    let offset = args.splits + dims.split_idx(token_idx, head_idx, split) * 4;
+    let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
+    worker.machine.attend(Split {
+        queries: Rows {
+            values: queries.values.sub(token_idx as usize * queries.stride, group * dim),
+            stride: dim,
+        },
+        query_count: group,
+        keys: plane(worker, &args, token.slot, 0),
+        values: plane(worker, &args, token.slot, 1),
+        split,
+        position: token.position,
+        scale: dims.attention_scale,
+        out: Rows { values: worker.heap(offset, len), stride: stride as usize },
+        head_dim: dim,
+    });
 }

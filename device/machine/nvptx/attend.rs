@@ -157,7 +157,9 @@ fn scan<const D: usize, const B: usize>(
                 }
                 quads
             };
-            let (keys, values) = (take(split.keys), take(split.values));
+            let keys = take(split.keys);
+            // Of long heads the registers have no room for both.
+            let mut values = if D < 8 { take(split.values) } else { [[[0.0; 4]; D]; B] };
             let mut scores = [0.0; B];
             for d in 0..D {
                 if is_inside(d) {
@@ -176,6 +178,9 @@ fn scan<const D: usize, const B: usize>(
                 if first + b as u32 * KEYS + key >= end {
                     *score = f32::NEG_INFINITY;
                 }
+            }
+            if D >= 8 {
+                values = take(split.values);
             }
             update(block, &mut state, &scores, &values);
             first += group * KEYS * B as u32;
