@@ -242,6 +242,16 @@ pub trait Machine {
         crate::ops::run(opcode, worker, claim)
     }
 
+    /// Collective: attends from a token's queries to the splits of an attention task; `ops::attend`,
+    /// unless the machine keeps that apart.
+    #[inline(always)]
+    fn run_token(&self, worker: &Worker<Self>, task: &Task, token_idx: u32)
+    where
+        Self: Sized,
+    {
+        crate::ops::attend(worker, task, token_idx);
+    }
+
     /// `e^x`, within 2 units in the last place; 0 below -87.
     fn exp(&self, x: f32) -> f32;
 }

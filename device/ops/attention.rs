@@ -4,7 +4,7 @@
 //! no event of its own within a step.
 
 use tilert_mk_shared::kv::{attention_split, attention_split_count};
-use tilert_mk_shared::sequence::{StepState, StepToken};
+use tilert_mk_shared::sequence::StepToken;
 use tilert_mk_shared::task::{AttentionArgs, Task};
 
 use crate::machine::memory::Span;
@@ -61,7 +61,11 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
             Rotation { from, out, norm: none, cos: none, sin: none }
         }
     });
-    attend_all(worker, claim.task);
+    let mut token_idx = 0;
+    while token_idx < super::step(worker).get(0).token_count {
+        worker.machine.run_token(worker, claim.task, token_idx);
+        token_idx += 1;
+    }
 }
 
 /// The queries of `count` tokens.
@@ -120,56 +124,40 @@ fn rotation<M: Machine>(
     Rotation { from, out, norm, cos, sin }
 }
 
-/// Attends from each token's queries to the positions of the task's splits, split by split.
+/// Attends from a token's queries to the positions of the task's splits, split by split.
 ///
-/// Registers are scarce on a GPU meanwhile, so that all but the loops' indices is looked up again.
+/// Registers are scarce on a GPU meanwhile: what is near is looked up again for each split.
 #[inline(always)]
-fn attend_all<M: Machine>(worker: &Worker<M>, task: &Task) {
-    let mut token_idx = 0;
-    while token_idx < super::step(worker).get(0).token_count {
-        let mut split = AttentionArgs::unpack(task).part_idx;
-        loop {
-            let step_view = super::step(worker);
-            let (step, token_idx) = (step_view.get(0), worker.machine.again(token_idx));
-            if split >= attention_split_count(step.tokens[token_idx as usize].position) {
-                break;
-            }
-            attend(worker, task, step, token_idx, split);
-            split += AttentionArgs::unpack(task).part_count;
+pub fn attend<M: Machine>(worker: &Worker<M>, task: &Task, token_idx: u32) {
+    let mut split = AttentionArgs::unpack(task).part_idx;
+    loop {
+        let step_view = super::step(worker);
+        let (step, token_idx) = (step_view.get(0), worker.machine.again(token_idx) as usize);
+        let token = &step.tokens[token_idx];
+        if split >= attention_split_count(token.position) {
+            return;
         }
-        token_idx += 1;
+        let (args, dims) = (AttentionArgs::unpack(task), &worker.header.dims);
+        let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
+        let queries = queries(worker, step.token_count as usize);
+        let stride = dims.split_idx(0, 1, 0);
+        let head_idx = args.kv_head_idx * dims.heads_per_kv();
+        let offset = args.splits + dims.split_idx(token_idx as u32, head_idx, split) * 4;
+        let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
+        worker.machine.attend(Split {
+            queries: Rows {
+                values: queries.values.sub(token_idx * queries.stride, group * dim),
+                stride: dim,
+            },
+            query_count: group,
+            keys: plane(worker, &args, token.slot, 0),
+            values: plane(worker, &args, token.slot, 1),
+            split,
+            position: token.position,
+            scale: dims.attention_scale,
+            out: Rows { values: worker.heap(offset, len), stride: stride as usize },
+            head_dim: dim,
+        });
+        split += AttentionArgs::unpack(task).part_count;
     }
-}
-
-/// Attends from a token's queries to the positions of a split.
-#[inline(always)]
-fn attend<M: Machine>(
-    worker: &Worker<M>,
-    task: &Task,
-    step: &StepState,
-    token_idx: u32,
-    split: u32,
-) {
-    let (args, dims) = (AttentionArgs::unpack(task), &worker.header.dims);
-    let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
-    let token = &step.tokens[token_idx as usize];
-    let queries = queries(worker, step.token_count as usize);
-    let stride = dims.split_idx(0, 1, 0);
-    let head_idx = args.kv_head_idx * dims.heads_per_kv();
-    let offset = args.splits + dims.split_idx(token_idx, head_idx, split) * 4;
-    let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
-    worker.machine.attend(Split {
-        queries: Rows {
-            values: queries.values.sub(token_idx as usize * queries.stride, group * dim),
-            stride: dim,
-        },
-        query_count: group,
-        keys: plane(worker, &args, token.slot, 0),
-        values: plane(worker, &args, token.slot, 1),
-        split,
-        position: token.position,
-        scale: dims.attention_scale,
-        out: Rows { values: worker.heap(offset, len), stride: stride as usize },
-        head_dim: dim,
-    });
 }

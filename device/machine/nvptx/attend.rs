@@ -159,7 +159,7 @@ fn scan<const D: usize, const B: usize>(
             };
             let keys = take(split.keys);
             // Of long heads the registers have no room for both.
-            let mut values = if D < 8 { take(split.values) } else { [[[0.0; 4]; D]; B] };
+            let mut values = if D < 8 || cfg!(tilert_sm90) { take(split.values) } else { [[[0.0; 4]; D]; B] };
             let mut scores = [0.0; B];
             for d in 0..D {
                 if is_inside(d) {
@@ -179,7 +179,7 @@ fn scan<const D: usize, const B: usize>(
                     *score = f32::NEG_INFINITY;
                 }
             }
-            if D >= 8 {
+            if D >= 8 && !cfg!(tilert_sm90) {
                 values = take(split.values);
             }
             update(block, &mut state, &scores, &values);

@@ -527,6 +527,11 @@ impl Machine for Block {
         ops::run(worker, opcode, claim)
     }
 
+    #[inline(always)]
+    fn run_token(&self, _worker: &Worker<Self>, _task: &Task, token_idx: u32) {
+        ops::attend_token(token_idx);
+    }
+
     /// By the chip's power of two: within 2 units in the last place of the scaled argument.
     #[inline(always)]
     fn exp(&self, x: f32) -> f32 {

@@ -97,9 +97,9 @@ fn turn() -> bool {
 fn finish() {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     let place = place(shared, thread_idx);
-    // SAFETY: words of this warp, which `save` has left.
-    let (trace_count, slot) =
-        unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
+    // SAFETY: a word of this warp, which `save` has left.
+    let trace_count = unsafe { load_shared_word(place + TRACE_COUNT) };
+    let slot = slot_of_warp();
     let progress = Progress { trace_count, ..Progress::NONE };
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
@@ -145,6 +145,13 @@ const SLOT: u32 = 28;
 #[inline(always)]
 fn place(shared: u32, thread_idx: u32) -> u32 {
     shared + PROGRESS + thread_idx / WARP_LANES * PROGRESS_BYTES
+}
+
+/// The slot of the task that this warp runs.
+#[inline(always)]
+pub fn slot_of_warp() -> u32 {
+    // SAFETY: a word of this warp, which `save` has left.
+    unsafe { load_shared_word(place(shared_base(), sreg::thread_idx()) + SLOT) }
 }
 
 /// Leaves what the turn's end and the next turn need. Every lane of the warp has read the last
