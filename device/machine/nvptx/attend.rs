@@ -157,9 +157,7 @@ fn scan<const D: usize, const B: usize>(
                 }
                 quads
             };
-            let keys = take(split.keys);
-            // Of long heads the registers have no room for both.
-            let mut values = if D < 8 || cfg!(tilert_sm90) { take(split.values) } else { [[[0.0; 4]; D]; B] };
+            let (keys, values) = (take(split.keys), take(split.values));
             let mut scores = [0.0; B];
             for d in 0..D {
                 if is_inside(d) {
@@ -178,9 +176,6 @@ fn scan<const D: usize, const B: usize>(
                 if first + b as u32 * KEYS + key >= end {
                     *score = f32::NEG_INFINITY;
                 }
-            }
-            if D >= 8 && !cfg!(tilert_sm90) {
-                values = take(split.values);
             }
             update(block, &mut state, &scores, &values);
             first += group * KEYS * B as u32;
