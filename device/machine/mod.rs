@@ -119,7 +119,8 @@ pub trait Machine {
     /// Collective: brings the step's description near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>);
 
-    /// The same value, from which a GPU computes anew: it keeps no results in scarce registers.
+    /// The same value. What comes of it is worked out here: on a GPU, loops around would otherwise
+    /// keep it in registers, which are scarce.
     #[inline(always)]
     fn again(&self, value: u32) -> u32 {
         value
@@ -242,8 +243,8 @@ pub trait Machine {
         crate::ops::run(opcode, worker, claim)
     }
 
-    /// Collective: attends from a token's queries to the splits of an attention task; `ops::attend`,
-    /// unless the machine keeps that apart.
+    /// Collective: attends from a token's queries to the splits of an attention task;
+    /// `ops::attend`, unless the machine keeps that apart.
     #[inline(always)]
     fn run_token(&self, worker: &Worker<Self>, task: &Task, token_idx: u32)
     where

@@ -239,7 +239,7 @@ fn update<const D: usize, const B: usize>(
 /// Leaves a warp's state in the area of partials. Every lane has the sums of its columns.
 #[inline(always)]
 fn leave<const D: usize>(block: &Block, split: &Split, state: &State<D>) {
-    // Again: the lane's columns would be kept over the keys otherwise.
+    // Read again: the lane's columns would be kept over the keys otherwise.
     let thread_idx = sreg::thread_idx();
     let (lane, dim) = (thread_idx % WARP_LANES, split.head_dim as u32);
     let warp_area = thread_idx / WARP_LANES * ATTENTION_PARTIAL_VALUES * 4;

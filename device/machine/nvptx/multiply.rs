@@ -135,8 +135,8 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: us
     }
 }
 
-/// Rows from row `first` of the task to the end of its segment; 0 if there are none. From the record
-/// each time: a loop over segments would keep three more values while pages are multiplied.
+/// Rows from row `first` of the task to the end of its segment; 0 if there are none. From the
+/// record each time: a loop over segments would keep three more values while pages are multiplied.
 #[inline(always)]
 fn rows_left(task: &Task, first: u32) -> u32 {
     let mut end = 0;
