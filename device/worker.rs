@@ -132,6 +132,13 @@ impl<'a, M: Machine> Worker<'a, M> {
         }
     }
 
+    /// Notes which prologue's result the input rows hold. Collective.
+    #[inline(always)]
+    pub fn keep_prologue(&self, prologue: u64) {
+        self.prologue.set(prologue);
+        self.machine.keep_prologue(prologue);
+    }
+
     /// Stages, claims and computes in turns until the device stops: the loop of a machine whose
     /// workers are one thread each.
     ///

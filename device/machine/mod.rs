@@ -119,6 +119,18 @@ pub trait Machine {
     /// Collective: brings the step's description near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>);
 
+    /// The same value. What comes of it is worked out here: on a GPU, loops around would otherwise
+    /// keep it in registers, which are scarce.
+    #[inline(always)]
+    fn again(&self, value: u32) -> u32 {
+        value
+    }
+
+    /// Collective: the input rows hold the result of this prologue from now on, see
+    /// `Progress::prologue`; for machines whose workers are made anew for each op.
+    #[inline(always)]
+    fn keep_prologue(&self, _prologue: u64) {}
+
     /// The step's description: what `keep_step` has brought near, or `step` itself.
     fn step(&self, step: Span<StepState>) -> Span<StepState>;
 
@@ -243,6 +255,16 @@ pub trait Machine {
         Self: Sized,
     {
         crate::ops::run(opcode, worker, claim)
+    }
+
+    /// Collective: attends from a token's queries to the splits of an attention task;
+    /// `ops::attend`, unless the machine keeps that apart.
+    #[inline(always)]
+    fn run_token(&self, worker: &Worker<Self>, task: &Task, token_idx: u32)
+    where
+        Self: Sized,
+    {
+        crate::ops::attend(worker, task, token_idx);
     }
 
     /// `e^x`, within 2 units in the last place; 0 below -87.

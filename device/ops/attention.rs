@@ -5,7 +5,7 @@
 
 use tilert_mk_shared::kv::{attention_split, attention_split_count};
 use tilert_mk_shared::sequence::StepToken;
-use tilert_mk_shared::task::AttentionArgs;
+use tilert_mk_shared::task::{AttentionArgs, Task};
 
 use crate::machine::memory::Span;
 use crate::machine::{Machine, Rotation, Rows, Split};
@@ -26,8 +26,8 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     }
     let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
     // The input rows are about to hold queries.
-    worker.prologue.set(0);
-    let queries = worker.machine.input_rows(super::scratch_input(worker), count, group * dim);
+    worker.keep_prologue(0);
+    let queries = queries(worker, count);
     // Per token: its key, its value, the group's queries.
     let item_count = group + 2;
     // In 32 bits: a GPU has no other division.
@@ -61,9 +61,19 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
             Rotation { from, out, norm: none, cos: none, sin: none }
         }
     });
-    for token_idx in 0..count {
-        attend(worker, &args, token_idx, &step.tokens[token_idx], queries);
+    let mut token_idx = 0;
+    while token_idx < super::step(worker).get(0).token_count {
+        worker.machine.run_token(worker, claim.task, token_idx);
+        token_idx += 1;
     }
+}
+
+/// The queries of `count` tokens.
+#[inline(always)]
+fn queries<M: Machine>(worker: &Worker<M>, count: usize) -> Rows {
+    let dims = &worker.header.dims;
+    let len = dims.heads_per_kv() as usize * dims.kv.head_dim as usize;
+    worker.machine.input_rows(super::scratch_input(worker), count, len)
 }
 
 /// One head of the token's queries, keys and values.
@@ -114,20 +124,23 @@ fn rotation<M: Machine>(
     Rotation { from, out, norm, cos, sin }
 }
 
-/// Attends from the token's queries to the positions of the task's splits, split by split.
+/// Attends from a token's queries to the positions of the task's splits, split by split.
+///
+/// Registers are scarce on a GPU meanwhile: what is near is looked up again for each split.
 #[inline(always)]
-fn attend<M: Machine>(
-    worker: &Worker<M>,
-    args: &AttentionArgs,
-    token_idx: usize,
-    token: &StepToken,
-    queries: Rows,
-) {
-    let dims = &worker.header.dims;
-    let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
-    let stride = dims.split_idx(0, 1, 0);
-    let mut split = args.part_idx;
-    while split < attention_split_count(token.position) {
+pub fn attend<M: Machine>(worker: &Worker<M>, task: &Task, token_idx: u32) {
+    let mut split = AttentionArgs::unpack(task).part_idx;
+    loop {
+        let step_view = super::step(worker);
+        let (step, token_idx) = (step_view.get(0), worker.machine.again(token_idx) as usize);
+        let token = &step.tokens[token_idx];
+        if split >= attention_split_count(token.position) {
+            return;
+        }
+        let (args, dims) = (AttentionArgs::unpack(task), &worker.header.dims);
+        let (dim, group) = (dims.kv.head_dim as usize, dims.heads_per_kv() as usize);
+        let queries = queries(worker, step.token_count as usize);
+        let stride = dims.split_idx(0, 1, 0);
         let head_idx = args.kv_head_idx * dims.heads_per_kv();
         let offset = args.splits + dims.split_idx(token_idx as u32, head_idx, split) * 4;
         let len = stride * (group as u64 - 1) + u64::from(dims.split_values());
@@ -137,14 +150,14 @@ fn attend<M: Machine>(
                 stride: dim,
             },
             query_count: group,
-            keys: plane(worker, args, token.slot, 0),
-            values: plane(worker, args, token.slot, 1),
+            keys: plane(worker, &args, token.slot, 0),
+            values: plane(worker, &args, token.slot, 1),
             split,
             position: token.position,
             scale: dims.attention_scale,
             out: Rows { values: worker.heap(offset, len), stride: stride as usize },
             head_dim: dim,
         });
-        split += args.part_count;
+        split += AttentionArgs::unpack(task).part_count;
     }
 }

@@ -50,7 +50,8 @@ fn input<M: Machine>(
     };
     let x = worker.machine.input_rows(super::scratch_input(worker), count, dim);
     let prologue = u64::from(claim.epoch) << 32 | u64::from(args.prologue_key);
-    let is_kept = worker.prologue.replace(prologue) == prologue;
+    let is_kept = worker.prologue.get() == prologue;
+    worker.keep_prologue(prologue);
     match args.prologue {
         Prologue::None => {
             let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);

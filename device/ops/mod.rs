@@ -12,6 +12,8 @@ use crate::worker::{Claim, Stopped, Worker};
 use tilert_mk_shared::sequence::{SequenceState, StepState};
 use tilert_mk_shared::task::Opcode;
 
+pub use attention::attend;
+
 /// Runs a claimed task whose input is ready. Collective.
 #[inline(always)]
 pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Result<(), Stopped> {

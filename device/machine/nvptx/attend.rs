@@ -129,10 +129,12 @@ fn scan<const D: usize, const B: usize>(
     const STEP: u32 = ATTENTION_BLOCK * ATTENTION_SPLIT_MAX;
     let (lane, dim) = (block.warp_lane(), split.head_dim as u32);
     let (key, column) = (lane / KEY_LANES, lane % KEY_LANES * QUAD);
+    // What differs between a lane's columns is a constant here, which no register holds.
     let at = |first: u64, row: u32, d: usize| {
-        first + u64::from(row * dim + column + d as u32 * KEY_STEP) * 4
+        first + u64::from(row * dim + column) * 4 + d as u64 * u64::from(KEY_STEP * 4)
     };
-    let is_inside = |d: usize| column + d as u32 * KEY_STEP < dim;
+    let columns = dim.saturating_sub(column);
+    let is_inside = |d: usize| d as u32 * KEY_STEP < columns;
     let query_row = split.queries.values.address();
     let query_row = query_row + u64::from(query * split.queries.stride as u32) * 4;
     let mut state = State { largest: f32::NEG_INFINITY, total: 0.0, sums: [[0.0; 4]; D] };
@@ -237,8 +239,11 @@ fn update<const D: usize, const B: usize>(
 /// Leaves a warp's state in the area of partials. Every lane has the sums of its columns.
 #[inline(always)]
 fn leave<const D: usize>(block: &Block, split: &Split, state: &State<D>) {
-    let (lane, dim) = (block.warp_lane(), split.head_dim as u32);
-    let area = block.shared + PARTIALS + block.warp_idx() * ATTENTION_PARTIAL_VALUES * 4;
+    // Read again: the lane's columns would be kept over the keys otherwise.
+    let thread_idx = sreg::thread_idx();
+    let (lane, dim) = (thread_idx % WARP_LANES, split.head_dim as u32);
+    let warp_area = thread_idx / WARP_LANES * ATTENTION_PARTIAL_VALUES * 4;
+    let area = block.shared + PARTIALS + warp_area;
     for (d, sums) in (0u32..).zip(&state.sums) {
         let column = lane * QUAD + d * KEY_STEP;
         if lane < KEY_LANES && column < dim {

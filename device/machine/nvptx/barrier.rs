@@ -89,35 +89,11 @@ macro_rules! test {
     };
 }
 
-/// Waits until the phase of `parity` is complete; false if it is not after `tests_max` tests. For chips
-/// that have no registers left for a clock where they wait.
-///
-/// # Safety
-/// `barrier` is an initialised barrier.
-#[cfg(not(tilert_sm90))]
-#[inline(always)]
-#[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
-pub unsafe fn wait_counting(barrier: u32, parity: u32, tests_max: u32) -> bool {
-    let left: u32;
-    // One statement: compilers unroll loops that count, and this one is in many places.
-    // SAFETY: by this function's contract.
-    unsafe {
-        asm!("{{ .reg .pred p;", "mov.u32 {n}, {m};",
-             "TEST:", ".pragma \"nounroll\";",
-             concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
-             "sub.u32 {n}, {n}, 1;", "setp.ne.u32 p, {n}, 0;", "@p bra TEST;", "DONE: }}",
-             n = out(reg32) left, m = in(reg32) tests_max, b = in(reg32) barrier,
-             y = in(reg32) parity, options(nostack));
-    }
-    left != 0
-}
-
 /// Waits until the phase of `parity` is complete; false if it is not within as many nanoseconds as the
 /// word at the shared address `limit` says.
 ///
 /// # Safety
 /// `barrier` is an initialised barrier; `limit` is the address of a `u64` that nobody writes.
-#[cfg(tilert_sm90)]
 #[inline(always)]
 #[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
 pub unsafe fn wait(barrier: u32, parity: u32, limit: u32) -> bool {

@@ -15,8 +15,9 @@ use tilert_mk_shared::tile::{
 
 use super::attend::Best;
 use super::barrier::sync_compute;
+use super::compute::Kept;
 use super::inputs::{Layout, put};
-use super::loader::PageCursor;
+use super::loader::{PageCursor, header};
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
     load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
@@ -60,8 +61,6 @@ pub struct Block {
     pub kind: Kind,
     /// What `store` adds this lane's first product to, if it adds.
     old: Cell<f32>,
-    /// Bytes of the area of input rows.
-    pub input_bytes: u32,
     /// How the input rows of the task are kept.
     pub layout: Cell<Layout>,
     /// The next page to multiply.
@@ -85,18 +84,23 @@ impl Block {
         lead_word: u32,
     ) -> Block {
         let pages = PageCursor::new(shared, header);
-        let (input_bytes, layout) = (header.input_bytes, Cell::new(Layout::Far));
         Block {
             thread_idx,
             shared,
             kind,
             old: Cell::new(0.0),
-            input_bytes,
-            layout,
+            layout: Cell::new(Layout::Far),
             pages,
             slot: Cell::new(0),
             lead_word: Cell::new(lead_word - OP_WORDS),
         }
+    }
+
+    /// Bytes of the area of input rows, from the first row's place on.
+    #[inline(always)]
+    fn input_bytes(&self) -> u32 {
+        let bytes = header(self.shared).input_bytes;
+        if self.kind.is_narrow { bytes } else { bytes - (WIDE_INPUTS - INPUTS) }
     }
 
     /// Index of this thread's warp.
@@ -236,9 +240,20 @@ impl Machine for Block {
     }
 
     #[inline(always)]
+    fn again(&self, value: u32) -> u32 {
+        sreg::fresh(value)
+    }
+
+    /// At once, so that it is not kept until the op ends.
+    #[inline(always)]
+    fn keep_prologue(&self, prologue: u64) {
+        Kept::of_warp().save_prologue(self, prologue);
+    }
+
+    #[inline(always)]
     fn step(&self, _step: Span<StepState>) -> Span<StepState> {
-        // SAFETY: the copy that `keep_step` has made.
-        unsafe { Span::new(generic(self.shared + STEP), 1) }
+        // SAFETY: the copy that `keep_step` has made. Its address is made anew by each caller.
+        unsafe { Span::new(generic(sreg::fresh(self.shared) + STEP), 1) }
     }
 
     #[inline(always)]
@@ -264,14 +279,14 @@ impl Machine for Block {
         let layout = if self.kind.is_narrow {
             Layout::parts(count as u32, dim as u32)
         } else {
-            Layout::whole(count as u32, dim as u32, self.input_bytes - (WIDE_INPUTS - INPUTS))
+            Layout::whole(count as u32, dim as u32, self.input_bytes())
         };
         self.layout.set(layout);
         if layout == Layout::Far {
             return Rows { values: heap, stride: dim.next_multiple_of(16) };
         }
         let inputs = if self.kind.is_narrow { INPUTS } else { WIDE_INPUTS };
-        let len = (self.input_bytes - (inputs - INPUTS)) as usize / 4;
+        let len = self.input_bytes() as usize / 4;
         // SAFETY: the input area of this block's memory, which only its lanes use.
         let values = unsafe { Span::new(generic(self.shared + inputs), len) };
         Rows { values, stride: dim.next_multiple_of(256) }
@@ -518,6 +533,11 @@ impl Machine for Block {
     #[inline(always)]
     fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
         ops::run(worker, opcode, claim)
+    }
+
+    #[inline(always)]
+    fn run_token(&self, _worker: &Worker<Self>, _task: &Task, token_idx: u32) {
+        ops::attend_token(token_idx);
     }
 
     /// By the chip's power of two: within 2 units in the last place of the scaled argument.

@@ -32,7 +32,7 @@ pub fn run() {
         Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
     };
     if worker.begin().is_ok() {
-        Kept::of_warp().save(&block, 0, false);
+        Kept::of_warp().save_prologue(&block, 0);
         save(&worker, &RingCursor::tasks(shared), 0);
         while turn() {}
     }
@@ -97,9 +97,9 @@ fn turn() -> bool {
 fn finish() {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     let place = place(shared, thread_idx);
-    // SAFETY: words of this warp, which `save` has left.
-    let (trace_count, slot) =
-        unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
+    // SAFETY: a word of this warp, which `save` has left.
+    let trace_count = unsafe { load_shared_word(place + TRACE_COUNT) };
+    let slot = slot_of_warp();
     let progress = Progress { trace_count, ..Progress::NONE };
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
@@ -117,7 +117,6 @@ fn finish() {
 }
 
 /// Leaves a fault record about weights, or a task, that do not arrive, and ends the kernel.
-#[cfg(tilert_sm90)]
 #[cold]
 #[inline(never)]
 pub fn overdue() -> ! {
@@ -148,6 +147,13 @@ fn place(shared: u32, thread_idx: u32) -> u32 {
     shared + PROGRESS + thread_idx / WARP_LANES * PROGRESS_BYTES
 }
 
+/// The slot of the task that this warp runs.
+#[inline(always)]
+pub fn slot_of_warp() -> u32 {
+    // SAFETY: a word of this warp, which `save` has left.
+    unsafe { load_shared_word(place(shared_base(), sreg::thread_idx()) + SLOT) }
+}
+
 /// Leaves what the turn's end and the next turn need. Every lane of the warp has read the last
 /// turn's.
 #[inline(always)]
@@ -167,8 +173,8 @@ fn save(worker: &Worker<Block>, tasks: &RingCursor, slot: u32) {
     barrier::sync_warp();
 }
 
-/// What an op leaves behind for a warp's next one: the prologue whose result the input rows hold, and
-/// whether the block stops.
+/// What an op leaves behind for a warp: the prologue whose result the input rows hold, and of
+/// `Admit` whether the block stops.
 pub struct Kept {
     place: u32,
 }
@@ -183,12 +189,12 @@ impl Kept {
     /// See `Progress::prologue`.
     #[inline(always)]
     pub fn prologue(&self) -> u64 {
-        // SAFETY: this warp's words; the last op's `save` was before a barrier of the warp.
+        // SAFETY: this warp's words; whichever op wrote them has ended with a barrier since.
         let [low, high] = unsafe { load_shared_pair(self.place) };
         u64::from(high) << 32 | u64::from(low)
     }
 
-    /// Whether the op has ended because the block stops. After `save`.
+    /// Whether `Admit` has ended because the block stops. After `save_stop`.
     #[inline(always)]
     pub fn has_stopped(&self) -> bool {
         barrier::sync_warp();
@@ -196,16 +202,23 @@ impl Kept {
         unsafe { load_shared_word(self.place + 8) != 0 }
     }
 
-    /// Leaves both. Called by all lanes.
+    /// Leaves the prologue. Called by all lanes.
     #[inline(always)]
-    pub fn save(&self, block: &Block, prologue: u64, has_stopped: bool) {
+    pub fn save_prologue(&self, block: &Block, prologue: u64) {
         barrier::sync_warp();
         if block.warp_lane() == 0 {
             // SAFETY: this warp's words, which all its lanes have read.
-            unsafe {
-                store_shared_pair(self.place, [prologue as u32, (prologue >> 32) as u32]);
-                store_shared_word(self.place + 8, has_stopped.into());
-            }
+            unsafe { store_shared_pair(self.place, [prologue as u32, (prologue >> 32) as u32]) };
+        }
+    }
+
+    /// Leaves whether the block stops. Called by all lanes.
+    #[inline(always)]
+    pub fn save_stop(&self, block: &Block, has_stopped: bool) {
+        barrier::sync_warp();
+        if block.warp_lane() == 0 {
+            // SAFETY: this warp's word, which its lanes have read in the step before.
+            unsafe { store_shared_word(self.place + 8, has_stopped.into()) };
         }
     }
 }

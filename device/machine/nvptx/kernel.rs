@@ -29,20 +29,23 @@ pub unsafe extern "ptx-kernel" fn tilert_mk(header: ProgramHeader) {
     if thread_idx < COMPUTE_LANES { compute() } else { load() }
 }
 
-// Functions of their own, like the ops: neither keeps registers for the other.
+// Functions of their own, like the ops: neither keeps registers for the other. Nothing is kept for
+// when they return, since they do not.
 
 #[inline(never)]
-fn compute() {
+fn compute() -> ! {
     super::compute::run();
+    sreg::exit()
 }
 
 #[inline(never)]
-fn load() {
+fn load() -> ! {
     let shared = memory::shared_base();
     let header = loader::header(shared);
     let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, LOOP_WORDS);
     // SAFETY: by the contract of the kernel; blocks have different indices.
     loader::load(&unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) });
+    sreg::exit()
 }
 
 /// A broken assertion ends the kernel; the driver reports it.

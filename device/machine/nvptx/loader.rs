@@ -32,11 +32,7 @@ const COPY_COUNT_MAX: u32 = 2;
 /// Bytes of a cache line.
 const LINE_BYTES: u32 = 128;
 /// Offset of the time that a wait may take.
-#[cfg(tilert_sm90)]
 const LIMIT: u32 = HEADER + core::mem::offset_of!(ProgramHeader, wait_ns_max) as u32;
-/// Tests of a barrier after which something is broken: seconds.
-#[cfg(not(tilert_sm90))]
-const TEST_COUNT_MAX: u32 = 1 << 30;
 /// Bytes of the record in a task slot; the task's index, its step and its first page follow.
 pub const RECORD_BYTES: u32 = size_of::<Task>() as u32;
 
@@ -129,20 +125,11 @@ impl RingCursor {
     }
 }
 
-#[cfg(tilert_sm90)]
 #[inline(always)]
 fn wait(barrier: u32, parity: u32) {
     // SAFETY: an initialised barrier, and a word of the header.
     if !unsafe { barrier::wait(barrier, parity, super::memory::shared_base() + LIMIT) } {
         super::compute::overdue();
-    }
-}
-#[cfg(not(tilert_sm90))]
-#[inline(always)]
-fn wait(barrier: u32, parity: u32) {
-    // SAFETY: an initialised barrier.
-    if !unsafe { barrier::wait_counting(barrier, parity, TEST_COUNT_MAX) } {
-        super::sreg::trap();
     }
 }
 

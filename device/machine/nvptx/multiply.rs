@@ -5,6 +5,7 @@
 //! summed by exchange, and the warps that share a row at the end, in order. A product's additions
 //! therefore depend on `in_dim` and the weights' format alone.
 
+use tilert_mk_shared::limits::SEGMENT_COUNT_MAX;
 use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
@@ -118,29 +119,34 @@ fn run<const F: u16, const V: usize, const T: usize, const N: usize, const B: us
         count,
     };
     let mut first = 0;
-    for idx in 0..task.segment_count() as u32 {
-        let row_count = task.segment(idx as usize).row_count;
-        let mut row = 0;
-        while row < row_count {
-            let sums = group::<F, V, T, N, B>(block, &lane, row_count - row);
-            if lane.row < row_count - row {
-                for b in 0..B {
-                    let token = (b * T) as u32;
-                    leave::<T, N>(
-                        block,
-                        &lane,
-                        sums[b],
-                        first + row,
-                        row_count - row,
-                        token,
-                        warps,
-                    );
-                }
-            }
-            row += rows;
+    loop {
+        let rows_left = rows_left(task, first);
+        if rows_left == 0 {
+            break;
         }
-        first += row_count;
+        let sums = group::<F, V, T, N, B>(block, &lane, rows_left);
+        if lane.row < rows_left {
+            for b in 0..B {
+                let token = (b * T) as u32;
+                leave::<T, N>(block, &lane, sums[b], first, rows_left, token, warps);
+            }
+        }
+        first += rows.min(rows_left);
     }
+}
+
+/// Rows from row `first` of the task to the end of its segment; 0 if there are none. From the
+/// record each time: a loop over segments would keep three more values while pages are multiplied.
+#[inline(always)]
+fn rows_left(task: &Task, first: u32) -> u32 {
+    let mut end = 0;
+    for idx in 0..SEGMENT_COUNT_MAX {
+        end += task.segment(idx).row_count;
+        if first < end {
+            return end - first;
+        }
+    }
+    0
 }
 
 /// Leaves the warp's sums of `T` tokens from `token` on, of rows of a page that begins with row

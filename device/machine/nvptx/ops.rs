@@ -8,7 +8,7 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::OP_WORDS;
 
 use super::block::{Block, Kind};
-use super::compute::Kept;
+use super::compute::{Kept, slot_of_warp};
 use super::digest::Digest;
 use super::loader::{RECORD_BYTES, header};
 use super::memory::{generic, load_shared_word, shared_base};
@@ -71,8 +71,24 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
         Worker::new(header, sreg::block_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    // Again: its place is not kept over the op.
-    Kept::of_warp().save(&block, worker.prologue.get(), result.is_err());
+    if opcode == Opcode::Admit {
+        // Again: its place is not kept over the op.
+        Kept::of_warp().save_stop(&block, result.is_err());
+    }
+}
+
+/// Attention of a token, of the task that the warp runs. A call for each token, so that of the op
+/// around it nothing but the token's index takes a register.
+#[inline(never)]
+pub fn attend_token(token_idx: u32) {
+    let shared = shared_base();
+    let (header, slot) = (header(shared), slot_of_warp());
+    let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, OP_WORDS);
+    // SAFETY: the record in the slot, which is full while the op runs.
+    let task = unsafe { &*(generic(slot) as *const Task) };
+    // SAFETY: the header is that of the kernel, by the contract of its entry.
+    let worker = unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) };
+    crate::ops::attend(&worker, task, token_idx);
 }
 
 macro_rules! op {

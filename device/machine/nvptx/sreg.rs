@@ -59,6 +59,13 @@ pub fn sleep_ns(ns: u32) {
     unsafe { asm!("nanosleep.u32 {ns};", ns = in(reg32) ns, options(nomem, nostack)) };
 }
 
+/// Ends this thread.
+#[inline(always)]
+pub fn exit() -> ! {
+    // SAFETY: ends the thread.
+    unsafe { asm!("exit;", options(noreturn, nostack)) }
+}
+
 /// Ends the kernel with an error that the driver reports.
 #[inline(always)]
 pub fn trap() -> ! {
