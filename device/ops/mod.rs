@@ -20,7 +20,7 @@ pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Res
         Opcode::Admit => admit::run(worker)?,
         Opcode::Embed => embed::run(worker, claim),
         Opcode::Linear => linear::run(worker, claim),
-        Opcode::Attention => attention::run(worker, claim),
+        Opcode::Attention => attention::run(worker, claim)?,
         Opcode::Sample => sample::run(worker),
     }
     Ok(())

@@ -13,8 +13,9 @@ use tilert_mk_shared::tile::{
     STEP, TILE_ROWS_MAX, WARP_LANES, WIDE_INPUTS,
 };
 
-use super::attend::Best;
+use super::attention::Heads;
 use super::barrier::sync_compute;
+use super::best::Best;
 use super::inputs::{Layout, put};
 use super::loader::PageCursor;
 use super::memory::{
@@ -22,9 +23,9 @@ use super::memory::{
     load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
     store_global, store_shared_f32, store_shared_pair, store_shared_word, widen_f16,
 };
-use super::{attend, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
+use super::{attention, best, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
 use crate::machine::memory::Span;
-use crate::machine::{Finish, Machine, Rotation, Rows, Split};
+use crate::machine::{Attention, Finish, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// How long an idle block sleeps between looks.
@@ -43,11 +44,23 @@ pub struct Kind {
     pub format: WeightFormat,
     /// Whether input rows are kept as parts.
     pub is_narrow: bool,
+    /// The heads of attention.
+    pub heads: Heads,
 }
 
 impl Kind {
-    /// Of tasks without weights.
-    pub const NONE: Kind = Kind { format: WeightFormat::F32, is_narrow: false };
+    /// Of tasks without weights and heads.
+    pub const NONE: Kind = Kind::linear(WeightFormat::F32, false);
+
+    /// Of linear tasks.
+    pub const fn linear(format: WeightFormat, is_narrow: bool) -> Kind {
+        Kind { format, is_narrow, heads: Heads::Short }
+    }
+
+    /// Of attention.
+    pub const fn attention(heads: Heads) -> Kind {
+        Kind { heads, ..Kind::NONE }
+    }
 }
 
 /// The computing part of a block, as one thread sees it.
@@ -410,30 +423,12 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn rotate(
+    fn attend(
         &self,
-        dims: &Dims,
-        count: usize,
-        is_wanted: impl Fn(usize) -> bool,
-        item: impl Fn(usize) -> Rotation,
-    ) {
-        let mut idx = self.warp_idx() as usize;
-        while idx < count {
-            let lane = self.warp_lane() as usize;
-            if is_wanted(idx) {
-                match dims.kv.head_dim {
-                    0..=128 => attend::rotate::<2>(item(idx), dims, lane),
-                    _ => attend::rotate::<4>(item(idx), dims, lane),
-                }
-            }
-            idx += COMPUTE_WARPS as usize;
-        }
-        sync_compute();
-    }
-
-    #[inline(always)]
-    fn attend(&self, split: Split) {
-        attend::attend(self, split);
+        attention: &Attention,
+        ready: impl Fn() -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        attention::attend(self, attention, ready)
     }
 
     #[inline(always)]
@@ -484,7 +479,7 @@ impl Machine for Block {
             best.look(values.read(index as usize), index);
             index += COMPUTE_LANES;
         }
-        attend::best_of_block(self, best)
+        best::best_of_block(self, best)
     }
 
     #[inline(always)]
