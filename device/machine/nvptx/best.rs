@@ -3,8 +3,8 @@
 use tilert_mk_shared::tile::{COMPUTE_WARPS, REDUCTION};
 
 use super::barrier::sync_compute;
-use super::block::{Block, near};
-use super::memory::{load_shared_word, store_shared_f32, store_shared_word};
+use super::block::{Block, QUAD, TURN, near};
+use super::memory::{Quad, load_shared_word, store_shared_f32, store_shared_word};
 use super::warp;
 
 /// The largest value of some, the first of equal ones.
@@ -27,6 +27,24 @@ impl Best {
         self.is_nan |= value.is_nan();
         if value > self.value {
             (self.index, self.value) = (index, value);
+        }
+    }
+}
+
+impl Best {
+    /// Looks at quads that are `TURN` values apart, from value `first` on, before `end`.
+    #[inline(always)]
+    pub fn look_at<const N: usize>(&mut self, quads: &[Quad; N], first: u32, end: u32) {
+        for (step, quad) in (0u32..).zip(quads) {
+            let [a, b, c, d] = *quad;
+            // If a value is not a number the sum is none. Both cases are rare.
+            let is_odd = ((a + b) + (c + d)).is_nan();
+            let is_better = a.max(b).max(c.max(d)) > self.value;
+            if (is_odd || is_better) && first + step * TURN < end {
+                for (idx, value) in (0..QUAD).zip(quad) {
+                    self.look(*value, first + step * TURN + idx);
+                }
+            }
         }
     }
 }

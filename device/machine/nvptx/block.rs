@@ -34,6 +34,9 @@ const IDLE_SLEEP_NS: u32 = 200;
 pub const QUAD: u32 = 4;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
+/// Loads of a lane that are asked for together when the best value is looked for; as many are under
+/// way meanwhile.
+const BEST_QUADS: usize = 12;
 /// Values of one load of all lanes.
 pub const TURN: u32 = QUAD * COMPUTE_LANES;
 
@@ -459,21 +462,18 @@ impl Machine for Block {
         let len = values.len() as u32;
         let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
         let mut base = self.thread_idx * QUAD;
-        while base < whole {
-            let quads = read_quads::<16>(values.address(), base, whole, false);
-            for (step, quad) in (0u32..).zip(&quads) {
-                let [a, b, c, d] = *quad;
-                // If a value is not a number the sum is none. Both cases are rare.
-                let is_odd = ((a + b) + (c + d)).is_nan();
-                let is_better = a.max(b).max(c.max(d)) > best.value;
-                if (is_odd || is_better) && base + step * TURN < whole {
-                    for (idx, value) in (0..QUAD).zip(quad) {
-                        best.look(*value, base + step * TURN + idx);
-                    }
-                }
-            }
-            base += 16 * TURN;
-        }
+        let take = |base: u32| read_quads::<BEST_QUADS>(values.address(), base, whole, false);
+        let mut quads = take(base);
+        let mut others = quads;
+        // Loads are always under way. The two take turns by name: exchanged, they would be copied.
+        let mut turn = |now: &[Quad; BEST_QUADS], then: &mut [Quad; BEST_QUADS]| {
+            let first = base;
+            base += BEST_QUADS as u32 * TURN;
+            *then = take(base);
+            best.look_at(now, first, whole);
+            base < whole
+        };
+        while turn(&quads, &mut others) && turn(&others, &mut quads) {}
         let mut index = whole + self.thread_idx;
         while index < len {
             best.look(values.read(index as usize), index);
