@@ -316,6 +316,31 @@ impl<'a, M: Machine> Worker<'a, M> {
         Ok(())
     }
 
+    /// Waits for the input of a task whose op may have begun before it is ready; others have waited.
+    /// Only a machine whose tasks nobody else takes begins ops early, and only in a step that is known
+    /// to have begun. Collective.
+    #[inline(always)]
+    pub fn wait_late(&self, claim: &Claim) -> Result<(), Stopped> {
+        let wait_event = claim.task.wait_event;
+        let is_complete = self.complete.get() == wait_event;
+        if M::IS_STEALABLE || !wait_event.is_some() || is_complete {
+            return Ok(());
+        }
+        // It is known already: so it need not be looked up while it waits.
+        self.kept_epoch.set(claim.epoch);
+        if self.machine.lead(|| u32::from(self.wait_leading(claim, || false).is_err())) != 0 {
+            return Err(Stopped);
+        }
+        self.complete.set(wait_event);
+        if self.machine.lane_idx() == 0 {
+            let slot = self.trace_record();
+            if !slot.is_empty() {
+                slot.get_mut(0).started_ns = self.machine.now_ns();
+            }
+        }
+        Ok(())
+    }
+
     #[inline(always)]
     fn wait_leading(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
         // `Admit` waits for the previous step's end.

@@ -457,10 +457,10 @@ fn lower_options(
             profile.name
         )));
     }
-    if profile.shared_bytes > 0 && !config.head_dim.is_multiple_of(4) {
+    if profile.shared_bytes > 0 && !config.head_dim.is_multiple_of(8) {
         let dim = config.head_dim;
         return Err(Error::Device(format!(
-            "{}: a head dimension of {dim}, not of fours",
+            "{}: a head dimension of {dim}, not of eights",
             profile.name
         )));
     }

@@ -43,8 +43,10 @@ pub const INPUT_BYTES_MIN: u32 = 20 << 10;
 pub const INPUT_BYTES_MAX: u32 = 96 << 10;
 /// Pages that a ring has at least.
 pub const PAGE_COUNT_MIN: u32 = 2;
-/// Values of one query that attention keeps for each warp at most.
-pub const ATTENTION_VALUES: u32 = HEAD_DIM_MAX;
+/// Queries that attention takes together at most.
+pub const ATTENTION_QUERIES: u32 = 4;
+/// Values of those queries at most: longer ones are fewer.
+pub const ATTENTION_VALUES: u32 = 512;
 
 /// Bytes of one load of a lane.
 const VECTOR_BYTES: u32 = 16;
@@ -100,7 +102,7 @@ pub const PROGRESS_BYTES: u32 = 32;
 pub const TASK_SLOTS: u32 = (PROGRESS + COMPUTE_WARPS * PROGRESS_BYTES).next_multiple_of(128);
 /// Offset of `[SAMPLE_BIN_COUNT] u64` bins, or `[tokens, COMPUTE_WARPS] f32` sums.
 pub const REDUCTION: u32 = TASK_SLOTS + TASK_SLOT_COUNT * TASK_SLOT_BYTES;
-/// Offset of `[rows, tokens, column_warps] f32` partial products, or of attention's partial results.
+/// Offset of `[rows, tokens, column_warps] f32` partial products, or of what attention keeps.
 pub const PARTIALS: u32 = REDUCTION + 2048;
 const PARTIAL_BYTES: u32 =
     f32_bytes(TILE_ROWS_MAX * GPU_STEP_TOKENS_MAX * column_warps(WeightFormat::F32));
@@ -109,15 +111,26 @@ pub const PART_ROWS_MAX: u32 = 2;
 /// Parts of a value.
 pub const PARTS: u32 = 3;
 const NARROW_PARTIAL_BYTES: u32 = f32_bytes(TILE_ROWS_MAX * PART_ROWS_MAX * COMPUTE_WARPS);
-/// Values of attention's partial results of one warp: weighted values, the largest score, the sum of
-/// weights, and padding.
-pub const ATTENTION_PARTIAL_VALUES: u32 = ATTENTION_VALUES + 4;
-const ATTENTION_BYTES: u32 = f32_bytes(COMPUTE_WARPS * ATTENTION_PARTIAL_VALUES);
+/// Offset of what attention keeps for each warp: `[ATTENTION_VALUES] f32` of rotated queries, then of
+/// weighted values.
+pub const ATTENTION_SUMS: u32 = PARTIALS;
+/// Offset of attention's `[ATTENTION_QUERIES, COMPUTE_WARPS, 2] f32`: the largest score of each
+/// warp, and its sum of weights.
+pub const ATTENTION_SCORES: u32 = ATTENTION_SUMS + f32_bytes(COMPUTE_WARPS * ATTENTION_VALUES);
+/// Offset of the token's own key and value, `[2, HEAD_DIM_MAX] f32`.
+pub const ATTENTION_ROW: u32 = ATTENTION_SCORES + f32_bytes(ATTENTION_QUERIES * COMPUTE_WARPS * 2);
+/// Offset of each warp's addresses of what belongs to a token, `[8] u64`, and four numbers.
+pub const ATTENTION_PLACES: u32 = ATTENTION_ROW + f32_bytes(2 * HEAD_DIM_MAX);
+/// Bytes of those of one warp.
+pub const ATTENTION_PLACE_BYTES: u32 = 8 * 8 + 16;
+const ATTENTION_END: u32 = ATTENTION_PLACES + COMPUTE_WARPS * ATTENTION_PLACE_BYTES;
 /// Offset of input rows that are kept as parts.
 pub const INPUTS: u32 = PARTIALS + NARROW_PARTIAL_BYTES;
-/// Offset of other input rows: more partial products, and attention's results, come before them.
+/// Offset of other input rows: more partial products come before them.
 pub const WIDE_INPUTS: u32 = PARTIALS + PARTIAL_BYTES;
-const _: () = assert!(ATTENTION_BYTES <= PARTIAL_BYTES && NARROW_PARTIAL_BYTES <= PARTIAL_BYTES);
+const _: () = assert!(NARROW_PARTIAL_BYTES <= PARTIAL_BYTES);
+const _: () = assert!(ATTENTION_END <= INPUTS + INPUT_BYTES_MIN);
+const _: () = assert!((ATTENTION_SCORES | ATTENTION_ROW | ATTENTION_PLACES).is_multiple_of(16));
 /// What a block's shared memory is divided into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedPlan {

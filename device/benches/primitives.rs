@@ -8,8 +8,8 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
-use tilert_mk_device::machine::{Machine, Rows, Split};
-use tilert_mk_shared::limits::{DECODE_TOKENS_MAX, STEP_TOKENS_MAX};
+use tilert_mk_device::machine::{Attention, Machine, Rows};
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, DECODE_TOKENS_MAX, STEP_TOKENS_MAX};
 use tilert_mk_shared::task::{
     Epilogue, LinearArgs, Precision, Prologue, Segment, TokenRows, WeightFormat,
 };
@@ -111,20 +111,34 @@ fn attend(criterion: &mut Criterion) {
     // A split attends to one block of each 1024 positions.
     for positions in [64, 4096] {
         let [mut keys, mut cached] = [0; 2].map(|_| values(positions * HEAD_DIM));
-        let (mut queries, mut out) = (values(QUERY_COUNT * HEAD_DIM), values(QUERY_COUNT * 144));
-        let split = Split {
-            queries: Rows { values: span(&mut queries), stride: HEAD_DIM },
+        let [mut queries, mut scratch] = [0; 2].map(|_| values(QUERY_COUNT * HEAD_DIM));
+        let [mut key, mut value, mut cos, mut sin] = [0; 4].map(|_| values(HEAD_DIM));
+        let mut out = values(QUERY_COUNT * ATTENTION_SPLIT_MAX as usize * 144);
+        let half = HEAD_DIM / 2;
+        let none = span(&mut key).sub(0, 0);
+        let attention = Attention {
+            head_dim: HEAD_DIM,
             query_count: QUERY_COUNT,
+            queries: span(&mut queries),
+            key: span(&mut key).sub(0, HEAD_DIM),
+            value: span(&mut value).sub(0, HEAD_DIM),
+            query_norm: none,
+            key_norm: none,
+            eps: 1e-5,
+            cos: span(&mut cos).sub(0, half),
+            sin: span(&mut sin).sub(0, half),
             keys: span(&mut keys).sub(0, positions * HEAD_DIM),
             values: span(&mut cached).sub(0, positions * HEAD_DIM),
-            split: 0,
             position: positions as u32 - 1,
             scale: 0.1,
-            out: Rows { values: span(&mut out), stride: 144 },
-            head_dim: HEAD_DIM,
+            part_idx: 0,
+            part_count: ATTENTION_SPLIT_MAX,
+            out: span(&mut out),
+            split_values: 144,
+            scratch: span(&mut scratch),
         };
         group.bench_function(format!("{positions} positions, {QUERY_COUNT} queries"), |bencher| {
-            bencher.iter(|| machine.attend(black_box(split)));
+            bencher.iter(|| machine.attend(black_box(&attention), || Ok(())));
         });
     }
 }

@@ -19,6 +19,7 @@ pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter};
 
 use crate::worker::{Claim, Stopped, Worker};
 use memory::Span;
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
@@ -40,43 +41,58 @@ impl Rows {
     }
 }
 
-/// A vector to normalise, if there is a weight, and to rotate by a position, if there is one.
+/// Attention of one token by one task: queries of heads that share keys, against the positions up to
+/// the token's that `shared/kv.rs` deals to the task's splits.
 #[derive(Clone, Copy, Debug)]
-pub struct Rotation {
-    /// `[head_dim]`.
-    pub from: Span<f32>,
-    /// `[head_dim]`.
-    pub out: Span<f32>,
-    /// The norm's weight, `[head_dim]`; empty for no norm.
-    pub norm: Span<f32>,
-    /// Cosines of the position, `[head_dim / 2]`; empty for no rotation.
+pub struct Attention {
+    /// Values of a head.
+    pub head_dim: usize,
+    /// Query heads.
+    pub query_count: usize,
+    /// `[query_count, head_dim]`, before norm and rotation.
+    pub queries: Span<f32>,
+    /// The token's key, `[head_dim]`, likewise.
+    pub key: Span<f32>,
+    /// The token's value, `[head_dim]`.
+    pub value: Span<f32>,
+    /// Weight of the queries' norm, `[head_dim]`; empty for no norm.
+    pub query_norm: Span<f32>,
+    /// Weight of the key's norm, likewise.
+    pub key_norm: Span<f32>,
+    /// Of both norms.
+    pub eps: f32,
+    /// Cosines of the position, `[head_dim / 2]`, for half-split RoPE.
     pub cos: Span<f32>,
     /// Its sines, likewise.
     pub sin: Span<f32>,
-}
-
-/// One attention split: queries of heads that share keys, against the positions up to theirs that
-/// `shared/kv.rs` deals to the split.
-#[derive(Clone, Copy, Debug)]
-pub struct Split {
-    /// `[query_count, head_dim]`, rotated.
-    pub queries: Rows,
-    /// Query heads.
-    pub query_count: usize,
-    /// `[context_max, head_dim]`.
+    /// Keys of the sequence, `[context_max, head_dim]`, rotated. The token's is appended if its
+    /// position is in one of the task's splits.
     pub keys: Span<f32>,
-    /// `[context_max, head_dim]`.
+    /// Values of the sequence, likewise.
     pub values: Span<f32>,
-    /// The split.
-    pub split: u32,
-    /// Position of the queries.
+    /// The token's position.
     pub position: u32,
     /// Multiplies scores.
     pub scale: f32,
-    /// For each query `[head_dim]` weighted values, the largest score, the sum of weights.
-    pub out: Rows,
-    /// Values of a key.
-    pub head_dim: usize,
+    /// The task's first split.
+    pub part_idx: u32,
+    /// From one of its splits to the next.
+    pub part_count: u32,
+    /// For each query and split `[head_dim]` weighted values, the largest score, the sum of weights:
+    /// `[query_count, ATTENTION_SPLIT_MAX, split_values]`.
+    pub out: Span<f32>,
+    /// See `out`.
+    pub split_values: usize,
+    /// Room for rotated queries in this worker's share of the heap.
+    pub scratch: Span<f32>,
+}
+
+impl Attention {
+    /// Index in `out` of what belongs to a query and a split.
+    #[inline(always)]
+    pub fn out_idx(&self, query: u32, split: u32) -> usize {
+        (query * ATTENTION_SPLIT_MAX + split) as usize * self.split_values
+    }
 }
 
 /// Some products of a linear task, and what becomes of them.
@@ -119,13 +135,6 @@ pub trait Machine {
     /// Collective: brings the step's description near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>);
 
-    /// The same value. What comes of it is worked out here: on a GPU, loops around would otherwise
-    /// keep it in registers, which are scarce.
-    #[inline(always)]
-    fn again(&self, value: u32) -> u32 {
-        value
-    }
-
     /// Collective: the input rows hold the result of this prologue from now on, see
     /// `Progress::prologue`; for machines whose workers are made anew for each op.
     #[inline(always)]
@@ -167,8 +176,8 @@ pub trait Machine {
         }
     }
 
-    /// Memory for `count` input rows of `dim` values, to be multiplied, or for rows that only `attend`
-    /// reads; `heap` is this worker's share of the heap.
+    /// Memory for `count` input rows of `dim` values, to be multiplied; `heap` is this worker's share
+    /// of the heap.
     fn input_rows(&self, heap: Span<f32>, count: usize, dim: usize) -> Rows;
 
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
@@ -225,18 +234,14 @@ pub trait Machine {
     /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize);
 
-    /// Collective: half-split RoPE of those of `count` vectors that are wanted, each after its norm,
-    /// or a plain copy.
-    fn rotate(
+    /// Collective: appends a token's key and value and attends, split by split. `ready` waits for the
+    /// step's queries, keys and values, and is called before any of them is read; what earlier steps
+    /// have left may be read before. Nothing is appended if it fails, and that is the result.
+    fn attend(
         &self,
-        dims: &Dims,
-        count: usize,
-        is_wanted: impl Fn(usize) -> bool,
-        item: impl Fn(usize) -> Rotation,
-    );
-
-    /// Collective: attention of a split.
-    fn attend(&self, split: Split);
+        attention: &Attention,
+        ready: impl Fn() -> Result<(), Stopped>,
+    ) -> Result<(), Stopped>;
 
     /// Collective: stored values `first..` of the table at `address`, widened into `out`.
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>);
@@ -255,16 +260,6 @@ pub trait Machine {
         Self: Sized,
     {
         crate::ops::run(opcode, worker, claim)
-    }
-
-    /// Collective: attends from a token's queries to the splits of an attention task;
-    /// `ops::attend`, unless the machine keeps that apart.
-    #[inline(always)]
-    fn run_token(&self, worker: &Worker<Self>, task: &Task, token_idx: u32)
-    where
-        Self: Sized,
-    {
-        crate::ops::attend(worker, task, token_idx);
     }
 
     /// `e^x`, within 2 units in the last place; 0 below -87.

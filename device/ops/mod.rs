@@ -12,8 +12,6 @@ use crate::worker::{Claim, Stopped, Worker};
 use tilert_mk_shared::sequence::{SequenceState, StepState};
 use tilert_mk_shared::task::Opcode;
 
-pub use attention::attend;
-
 /// Runs a claimed task whose input is ready. Collective.
 #[inline(always)]
 pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Result<(), Stopped> {
@@ -22,7 +20,7 @@ pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Res
         Opcode::Admit => admit::run(worker)?,
         Opcode::Embed => embed::run(worker, claim),
         Opcode::Linear => linear::run(worker, claim),
-        Opcode::Attention => attention::run(worker, claim),
+        Opcode::Attention => attention::run(worker, claim)?,
         Opcode::Sample => sample::run(worker),
     }
     Ok(())

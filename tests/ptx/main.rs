@@ -3,6 +3,7 @@
 mod edit;
 mod empty;
 mod golden;
+mod heads;
 mod planted;
 #[path = "../common/ptx_device.rs"]
 mod ptx_device;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use tilert_mk_shared::kv::{attention_split, attention_split_count};
 use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
 use tilert_mk_shared::program::{Dims, INPUT_ROW_MULTIPLE};
 use tilert_mk_shared::sequence::StepState;
@@ -9,7 +10,8 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
 use super::{InputForm, Isa, Matrix, blocks};
 use crate::machine::memory::Span;
-use crate::machine::{Finish, Machine, Rotation, Rows, Split};
+use crate::machine::{Attention, Finish, Machine, Rows};
+use crate::worker::Stopped;
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
@@ -50,6 +52,17 @@ impl Thread {
             let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
             form.convert(self.isa, from.row(row, dim), to);
         }
+    }
+
+    /// Half-split RoPE of a head after its norm, if it has one.
+    fn rotate(&self, attention: &Attention, from: Span<f32>, norm: Span<f32>, out: Span<f32>) {
+        let out = out.as_mut_slice();
+        if norm.is_empty() {
+            out.copy_from_slice(from.as_slice());
+        } else {
+            super::rms_norm(self.isa, from.as_slice(), norm.as_slice(), attention.eps, out);
+        }
+        super::rope(self.isa, out, attention.cos.as_slice(), attention.sin.as_slice());
     }
 }
 
@@ -236,44 +249,44 @@ impl Machine for Thread {
         }
     }
 
-    #[inline(always)]
-    fn rotate(
+    fn attend(
         &self,
-        dims: &Dims,
-        count: usize,
-        is_wanted: impl Fn(usize) -> bool,
-        item: impl Fn(usize) -> Rotation,
-    ) {
-        for idx in (0..count).filter(|idx| is_wanted(*idx)) {
-            let Rotation { from, out, norm, cos, sin } = item(idx);
-            let out = out.as_mut_slice();
-            if norm.is_empty() {
-                out.copy_from_slice(from.as_slice());
-            } else {
-                let eps = dims.rms_norm_eps;
-                super::rms_norm(self.isa, from.as_slice(), norm.as_slice(), eps, out);
-            }
-            if !cos.is_empty() {
-                super::rope(self.isa, out, cos.as_slice(), sin.as_slice());
-            }
+        attention: &Attention,
+        ready: impl Fn() -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        ready()?;
+        let Attention { head_dim: dim, query_count, position, .. } = *attention;
+        if attention_split(position) % attention.part_count == attention.part_idx {
+            let row = position as usize * dim;
+            self.rotate(attention, attention.key, attention.key_norm, attention.keys.sub(row, dim));
+            let value = attention.values.sub(row, dim);
+            value.as_mut_slice().copy_from_slice(attention.value.as_slice());
         }
-    }
-
-    fn attend(&self, split: Split) {
-        let dim = split.head_dim;
-        let first = (split.split * ATTENTION_BLOCK) as usize;
-        let count = split.position as usize + 1 - first;
-        let [keys, values] =
-            [split.keys, split.values].map(|plane| plane.sub(first * dim, count * dim));
-        super::attend(
-            self.isa,
-            split.queries,
-            split.query_count,
-            keys.as_slice(),
-            values.as_slice(),
-            split.scale,
-            split.out,
-        );
+        let queries = attention.scratch.sub(0, query_count * dim);
+        for first in (0..query_count).map(|query| query * dim) {
+            let from = attention.queries.sub(first, dim);
+            self.rotate(attention, from, attention.query_norm, queries.sub(first, dim));
+        }
+        let queries = Rows { values: queries, stride: dim };
+        let splits = attention.part_idx..attention_split_count(position);
+        for split in splits.step_by(attention.part_count as usize) {
+            let first = (split * ATTENTION_BLOCK) as usize;
+            let count = position as usize + 1 - first;
+            let [keys, values] =
+                [attention.keys, attention.values].map(|plane| plane.sub(first * dim, count * dim));
+            let (at, stride) = (attention.out_idx(0, split), attention.out_idx(1, 0));
+            let out = attention.out.sub(at, (query_count - 1) * stride + dim + 2);
+            super::attend(
+                self.isa,
+                queries,
+                query_count,
+                keys.as_slice(),
+                values.as_slice(),
+                attention.scale,
+                Rows { values: out, stride },
+            );
+        }
+        Ok(())
     }
 
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {

@@ -13,8 +13,9 @@ use tilert_mk_shared::tile::{
     STEP, TILE_ROWS_MAX, WARP_LANES, WIDE_INPUTS,
 };
 
-use super::attend::Best;
+use super::attention::Heads;
 use super::barrier::sync_compute;
+use super::best::Best;
 use super::compute::Kept;
 use super::inputs::{Layout, put};
 use super::loader::{PageCursor, header};
@@ -23,9 +24,9 @@ use super::memory::{
     load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
     store_global, store_shared_f32, store_shared_pair, store_shared_word, widen_f16,
 };
-use super::{attend, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
+use super::{attention, best, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
 use crate::machine::memory::Span;
-use crate::machine::{Finish, Machine, Rotation, Rows, Split};
+use crate::machine::{Attention, Finish, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// How long an idle block sleeps between looks.
@@ -34,6 +35,9 @@ const IDLE_SLEEP_NS: u32 = 200;
 pub const QUAD: u32 = 4;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
+/// Loads of a lane that are asked for together when the best value is looked for; as many are under
+/// way meanwhile.
+const BEST_QUADS: usize = 12;
 /// Values of one load of all lanes.
 pub const TURN: u32 = QUAD * COMPUTE_LANES;
 
@@ -44,11 +48,23 @@ pub struct Kind {
     pub format: WeightFormat,
     /// Whether input rows are kept as parts.
     pub is_narrow: bool,
+    /// The heads of attention.
+    pub heads: Heads,
 }
 
 impl Kind {
-    /// Of tasks without weights.
-    pub const NONE: Kind = Kind { format: WeightFormat::F32, is_narrow: false };
+    /// Of tasks without weights and heads.
+    pub const NONE: Kind = Kind::linear(WeightFormat::F32, false);
+
+    /// Of linear tasks.
+    pub const fn linear(format: WeightFormat, is_narrow: bool) -> Kind {
+        Kind { format, is_narrow, heads: Heads::Short }
+    }
+
+    /// Of attention.
+    pub const fn attention(heads: Heads) -> Kind {
+        Kind { heads, ..Kind::NONE }
+    }
 }
 
 /// The computing part of a block, as one thread sees it.
@@ -237,11 +253,6 @@ impl Machine for Block {
             }
         }
         sync_compute();
-    }
-
-    #[inline(always)]
-    fn again(&self, value: u32) -> u32 {
-        sreg::fresh(value)
     }
 
     /// At once, so that it is not kept until the op ends.
@@ -433,30 +444,12 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn rotate(
+    fn attend(
         &self,
-        dims: &Dims,
-        count: usize,
-        is_wanted: impl Fn(usize) -> bool,
-        item: impl Fn(usize) -> Rotation,
-    ) {
-        let mut idx = self.warp_idx() as usize;
-        while idx < count {
-            let lane = self.warp_lane() as usize;
-            if is_wanted(idx) {
-                match dims.kv.head_dim {
-                    0..=128 => attend::rotate::<2>(item(idx), dims, lane),
-                    _ => attend::rotate::<4>(item(idx), dims, lane),
-                }
-            }
-            idx += COMPUTE_WARPS as usize;
-        }
-        sync_compute();
-    }
-
-    #[inline(always)]
-    fn attend(&self, split: Split) {
-        attend::attend(self, split);
+        attention: &Attention,
+        ready: impl Fn() -> Result<(), Stopped>,
+    ) -> Result<(), Stopped> {
+        attention::attend(self, attention, ready)
     }
 
     #[inline(always)]
@@ -487,27 +480,24 @@ impl Machine for Block {
         let len = values.len() as u32;
         let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
         let mut base = self.thread_idx * QUAD;
-        while base < whole {
-            let quads = read_quads::<16>(values.address(), base, whole, false);
-            for (step, quad) in (0u32..).zip(&quads) {
-                let [a, b, c, d] = *quad;
-                // If a value is not a number the sum is none. Both cases are rare.
-                let is_odd = ((a + b) + (c + d)).is_nan();
-                let is_better = a.max(b).max(c.max(d)) > best.value;
-                if (is_odd || is_better) && base + step * TURN < whole {
-                    for (idx, value) in (0..QUAD).zip(quad) {
-                        best.look(*value, base + step * TURN + idx);
-                    }
-                }
-            }
-            base += 16 * TURN;
-        }
+        let take = |base: u32| read_quads::<BEST_QUADS>(values.address(), base, whole, false);
+        let mut quads = take(base);
+        let mut others = quads;
+        // Loads are always under way. The two take turns by name: exchanged, they would be copied.
+        let mut turn = |now: &[Quad; BEST_QUADS], then: &mut [Quad; BEST_QUADS]| {
+            let first = base;
+            base += BEST_QUADS as u32 * TURN;
+            *then = take(base);
+            best.look_at(now, first, whole);
+            base < whole
+        };
+        while turn(&quads, &mut others) && turn(&others, &mut quads) {}
         let mut index = whole + self.thread_idx;
         while index < len {
             best.look(values.read(index as usize), index);
             index += COMPUTE_LANES;
         }
-        attend::best_of_block(self, best)
+        best::best_of_block(self, best)
     }
 
     #[inline(always)]
@@ -533,11 +523,6 @@ impl Machine for Block {
     #[inline(always)]
     fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
         ops::run(worker, opcode, claim)
-    }
-
-    #[inline(always)]
-    fn run_token(&self, _worker: &Worker<Self>, _task: &Task, token_idx: u32) {
-        ops::attend_token(token_idx);
     }
 
     /// By the chip's power of two: within 2 units in the last place of the scaled argument.

@@ -5,7 +5,7 @@
 //! a copy for each warp, and is read again in every turn.
 
 use tilert_mk_shared::event::EventId;
-use tilert_mk_shared::task::Task;
+use tilert_mk_shared::task::{Opcode, Task};
 use tilert_mk_shared::tile::{
     LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_SLOT_BYTES,
     TASK_SLOTS, TASK_WORD, WARP_LANES,
@@ -46,12 +46,8 @@ pub fn run() {
 #[inline(always)]
 fn turn() -> bool {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
-    let place = place(shared, thread_idx);
     barrier::sync_warp();
-    // SAFETY: this warp's words, which its first lane has left before the barrier above.
-    let [position, kept_epoch, complete, trace_count] = unsafe { load_shared_words(place) };
-    let complete = EventId(complete);
-    let progress = Progress { kept_epoch, complete, trace_count, ..Progress::NONE };
+    let (position, progress) = saved(place(shared, thread_idx));
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     block.lead_word.set(position >> 16);
     let tasks = RingCursor::tasks(shared);
@@ -79,7 +75,9 @@ fn turn() -> bool {
     }
     let now_ns = worker.trace_ns();
     let claim = Claim::new(task, task_idx, epoch);
-    if worker.wait(&claim, || false).is_err() {
+    // Attention begins before its input is ready, and waits itself, if the step has begun.
+    let is_early = task.opcode == Opcode::Attention as u16 && progress.kept_epoch == epoch;
+    if !is_early && worker.wait(&claim, || false).is_err() {
         return false;
     }
     worker.start(&claim, now_ns, now_ns);
@@ -90,6 +88,15 @@ fn turn() -> bool {
     }
     finish();
     true
+}
+
+/// The position in the ring of tasks, and progress, as `save` has left them.
+#[inline(always)]
+fn saved(place: u32) -> (u32, Progress) {
+    // SAFETY: this warp's words, which its first lane has left before a barrier of the warp.
+    let [position, kept_epoch, complete, trace_count] = unsafe { load_shared_words(place) };
+    let complete = EventId(complete);
+    (position, Progress { kept_epoch, complete, trace_count, ..Progress::NONE })
 }
 
 /// Ends the turn after its op, with nothing but what shared memory has kept.
@@ -149,7 +156,7 @@ fn place(shared: u32, thread_idx: u32) -> u32 {
 
 /// The slot of the task that this warp runs.
 #[inline(always)]
-pub fn slot_of_warp() -> u32 {
+fn slot_of_warp() -> u32 {
     // SAFETY: a word of this warp, which `save` has left.
     unsafe { load_shared_word(place(shared_base(), sreg::thread_idx()) + SLOT) }
 }
@@ -194,7 +201,13 @@ impl Kept {
         u64::from(high) << 32 | u64::from(low)
     }
 
-    /// Whether `Admit` has ended because the block stops. After `save_stop`.
+    /// What the warp's loop knows, but for the prologue.
+    #[inline(always)]
+    pub fn progress(&self) -> Progress {
+        saved(self.place - KEPT).1
+    }
+
+    /// Whether the op has ended because the block stops. After `save_stop`.
     #[inline(always)]
     pub fn has_stopped(&self) -> bool {
         barrier::sync_warp();
@@ -217,7 +230,7 @@ impl Kept {
     pub fn save_stop(&self, block: &Block, has_stopped: bool) {
         barrier::sync_warp();
         if block.warp_lane() == 0 {
-            // SAFETY: this warp's word, which its lanes have read in the step before.
+            // SAFETY: this warp's word, which its lanes have read after the last op that wrote it.
             unsafe { store_shared_word(self.place + 8, has_stopped.into()) };
         }
     }

@@ -3,8 +3,9 @@
 //! Warps 0 to 7 compute and are the lanes of the worker; warp 8 claims tasks ahead of them and
 //! streams their weights into a ring of pages in shared memory.
 
-pub mod attend;
+pub mod attention;
 pub mod barrier;
+pub mod best;
 pub mod block;
 pub mod compute;
 pub mod copy;

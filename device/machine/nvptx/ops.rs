@@ -7,8 +7,9 @@
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::OP_WORDS;
 
+use super::attention::Heads;
 use super::block::{Block, Kind};
-use super::compute::{Kept, slot_of_warp};
+use super::compute::Kept;
 use super::digest::Digest;
 use super::loader::{RECORD_BYTES, header};
 use super::memory::{generic, load_shared_word, shared_base};
@@ -36,7 +37,17 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
             // The host does not make such programs for a GPU.
             WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
         },
-        Opcode::Attention => attention(slot),
+        Opcode::Attention => {
+            match Heads::of(&worker.header.dims) {
+                Heads::Short => attention_short(slot),
+                Heads::Pairs => attention_pairs(slot),
+                Heads::Middle => attention(slot),
+                Heads::Long => attention_long(slot),
+            }
+            if Kept::of_warp().has_stopped() {
+                return Err(Stopped);
+            }
+        }
         Opcode::Sample => sample(slot),
     }
     Ok(())
@@ -67,28 +78,17 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let task = unsafe { &*(generic(slot) as *const Task) };
     // SAFETY: the header is that of the kernel, by the contract of its entry.
     let worker = unsafe {
-        let progress = Progress { prologue: Kept::of_warp().prologue(), ..Progress::NONE };
+        // Attention waits for its input itself.
+        let kept = Kept::of_warp();
+        let progress = if opcode == Opcode::Attention { kept.progress() } else { Progress::NONE };
+        let progress = Progress { prologue: kept.prologue(), ..progress };
         Worker::new(header, sreg::block_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    if opcode == Opcode::Admit {
+    if matches!(opcode, Opcode::Admit | Opcode::Attention) {
         // Again: its place is not kept over the op.
         Kept::of_warp().save_stop(&block, result.is_err());
     }
-}
-
-/// Attention of a token, of the task that the warp runs. A call for each token, so that of the op
-/// around it nothing but the token's index takes a register.
-#[inline(never)]
-pub fn attend_token(token_idx: u32) {
-    let shared = shared_base();
-    let (header, slot) = (header(shared), slot_of_warp());
-    let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, OP_WORDS);
-    // SAFETY: the record in the slot, which is full while the op runs.
-    let task = unsafe { &*(generic(slot) as *const Task) };
-    // SAFETY: the header is that of the kernel, by the contract of its entry.
-    let worker = unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) };
-    crate::ops::attend(&worker, task, token_idx);
 }
 
 macro_rules! op {
@@ -102,9 +102,12 @@ macro_rules! op {
 
 op!(admit, Admit, Kind::NONE);
 op!(embed, Embed, Kind::NONE);
-op!(linear_f32, Linear, Kind { format: WeightFormat::F32, is_narrow: false });
-op!(linear_f16, Linear, Kind { format: WeightFormat::F16, is_narrow: false });
-op!(linear_bf16, Linear, Kind { format: WeightFormat::Bf16, is_narrow: true });
-op!(linear_bf16_wide, Linear, Kind { format: WeightFormat::Bf16, is_narrow: false });
-op!(attention, Attention, Kind::NONE);
+op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false));
+op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false));
+op!(linear_bf16, Linear, Kind::linear(WeightFormat::Bf16, true));
+op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false));
+op!(attention_short, Attention, Kind::attention(Heads::Short));
+op!(attention_pairs, Attention, Kind::attention(Heads::Pairs));
+op!(attention, Attention, Kind::attention(Heads::Middle));
+op!(attention_long, Attention, Kind::attention(Heads::Long));
 op!(sample, Sample, Kind::NONE);

@@ -1,0 +1,105 @@
+//! Attention of all shapes of heads that the kernel tells apart, beside the CPU's.
+
+use std::ops::ControlFlow;
+
+use tilert_mk::driver::Device;
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Event, LoadMode, ModelSource, Request};
+use tilert_mk_shared::sample::SamplingParams;
+
+use crate::ptx_device::PtxDevice;
+use crate::shipped;
+
+/// Largest difference from the CPU's logits, relative to the largest of a row.
+const TOLERANCE: f32 = 1e-4;
+
+/// Query heads, key heads and values of a head; Qwen's heads have norms.
+type Heads = (u32, u32, u32, &'static str);
+
+/// Logits after each token of a prompt of `len`, with random weights and one layer.
+fn logits(device: Box<dyn Device>, heads: Heads, width: u32, len: u32) -> Vec<Vec<f32>> {
+    let (head_count, kv_head_count, head_dim, family) = heads;
+    let config = format!(
+        r#"{{"vocab_size": 96, "hidden_act": "silu", "torch_dtype": "bfloat16",
+            "architectures": ["{family}ForCausalLM"], "model_type": "{}", "hidden_size": 64,
+            "intermediate_size": 64, "num_hidden_layers": 1, "rms_norm_eps": 1e-6,
+            "num_attention_heads": {head_count}, "num_key_value_heads": {kv_head_count},
+            "head_dim": {head_dim}, "rope_theta": 10000, "max_position_embeddings": 4096}}"#,
+        family.to_lowercase()
+    );
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    std::fs::write(folder.path().join("config.json"), config).expect("the config is written");
+    let options = EngineOptions {
+        max_context: Some(len + 2),
+        step_tokens: width,
+        wait_ns_max: 50_000_000,
+        load: LoadMode::Dummy,
+        ..EngineOptions::default()
+    };
+    let source = ModelSource::Directory(folder.path());
+    let mut engine = Engine::open(source, device, &options, &mut |_, _| ()).expect("it opens");
+    let prompt: Vec<u32> = (0..len).map(|idx| idx * 37 % 96).collect();
+    let request = Request {
+        prompt: &prompt,
+        max_tokens: 1,
+        stop_ids: &[],
+        sampling: SamplingParams::GREEDY,
+        want_logits: true,
+    };
+    let mut rows = Vec::new();
+    let answer = engine.generate(&request, &mut |event| {
+        if let Event::Logits { row, .. } = event {
+            rows.push(row.to_vec());
+        }
+        ControlFlow::Continue(())
+    });
+    answer.expect("the request ends");
+    rows
+}
+
+/// Compares the kernel with the CPU; its bits are the same in all widths and with all workers.
+fn check(heads: Heads, len: u32, runs: &[(u32, u32, u32)]) {
+    let expected = logits(DeviceKind::Cpu.open(false).expect("the CPU is there"), heads, 8, len);
+    let mut first: [Option<Vec<Vec<f32>>>; 2] = [None, None];
+    for (capability, workers, width) in runs {
+        let what = format!("{heads:?}, sm_{capability}, {workers} workers, width {width}");
+        let (device, report) = PtxDevice::new(shipped(*capability, *workers, 5));
+        let found = logits(Box::new(device), heads, *width, len);
+        let report = report.lock().expect("the device has not panicked");
+        assert!(report.findings.is_empty(), "{what}: {}", report.findings.join("\n"));
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                let is_near = (found - expected).abs() <= TOLERANCE * largest;
+                assert!(is_near, "{what}, position {position}: {found} for {expected}");
+            }
+        }
+        let first = first[usize::from(*capability == 80)].get_or_insert_with(|| found.clone());
+        let bits = |rows: &[Vec<f32>]| rows.concat().into_iter().map(f32::to_bits).collect();
+        let (first, found): (Vec<u32>, Vec<u32>) = (bits(first), bits(&found));
+        assert!(first == found, "{what}: bits differ");
+    }
+}
+
+#[test]
+fn heads_of_all_shapes_give_the_logits_of_the_cpu() {
+    for heads in [
+        (4, 1, 64, "Llama"),
+        (5, 1, 40, "Qwen3"),
+        (2, 1, 128, "Qwen3"),
+        (6, 1, 96, "Llama"),
+        (4, 1, 128, "Qwen3"),
+        (3, 1, 256, "Qwen3"),
+    ] {
+        check(heads, 70, &[(90, 1, 8), (90, 3, 3)]);
+    }
+    check((4, 1, 128, "Qwen3"), 70, &[(80, 2, 8)]);
+}
+
+#[test]
+#[ignore = "takes minutes"]
+fn long_sequences_give_the_logits_of_the_cpu() {
+    for heads in [(4, 1, 64, "Llama"), (2, 1, 128, "Qwen3"), (3, 1, 256, "Llama")] {
+        check(heads, 1100, &[(90, 1, 8), (90, 5, 8)]);
+    }
+}
