@@ -183,9 +183,9 @@ pub trait Machine {
     /// Memory for `count` rows of `len` products; `heap` is this worker's share of the heap.
     fn output_rows(&self, heap: Span<f32>, count: usize, len: usize) -> Rows;
 
-    /// Collective: `from` as input of `multiply` for a linear task, copied to `to` if the machine wants
-    /// it near or in another form. `is_kept`: an earlier call with the same arguments has done so, and
-    /// nobody has used `to`.
+    /// Collective: `from` as input of `multiply` for a linear task, copied to `to` if the machine
+    /// wants it near or in another form. `is_kept`: an earlier call with the same arguments has done
+    /// so, and nobody has used `to`.
     fn gather(
         &self,
         task: &Task,
@@ -196,8 +196,8 @@ pub trait Machine {
         is_kept: bool,
     ) -> Rows;
 
-    /// Collective: brings rows that a prologue has left into the form in which `multiply` takes them
-    /// for a linear task, in place.
+    /// Collective: brings rows that a prologue has left into the form in which `multiply` takes
+    /// them for a linear task, in place.
     #[inline(always)]
     fn settle(&self, _task: &Task, _x: Rows, _count: usize, _dim: usize) {}
 

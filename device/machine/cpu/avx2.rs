@@ -1,9 +1,10 @@
 //! Products on AVX2.
 //!
-//! The order of additions is that of `lanes`, lane by lane and in the fold, so the bits are the same.
-//! A vector has 8 of the 32 lanes. Few tokens are multiplied row by row with all lanes at once, so that
-//! weights are one stream. More tokens share rows: there are registers for the sums of 8 lanes, so
-//! these are taken one after the other, over as many columns as stay in the first-level cache.
+//! The order of additions is that of `lanes`, lane by lane and in the fold, so the bits are the
+//! same. A vector has 8 of the 32 lanes. Few tokens are multiplied row by row with all lanes at once,
+//! so that weights are one stream. More tokens share rows: there are registers for the sums of 8
+//! lanes, so these are taken one after the other, over as many columns as stay in the first-level
+//! cache.
 
 use std::arch::x86_64::{
     __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps, _mm_movehl_ps,

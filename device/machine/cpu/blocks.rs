@@ -1,8 +1,8 @@
 //! Products with weights in blocks (`shared/blocks.rs`).
 //!
-//! With `Q8` and `Q4` the arithmetic is that of integers, which has no order. 32 input values become
-//! integers of 24 bits and a scale that is a power of two: off by at most 2^-23 of the largest of
-//! them, as sums of f32 are anyway. The sum of a block's products is exact; it is rounded once and
+//! With `Q8` and `Q4` the arithmetic is that of integers, which has no order. 32 input values
+//! become integers of 24 bits and a scale that is a power of two: off by at most 2^-23 of the largest
+//! of them, as sums of f32 are anyway. The sum of a block's products is exact; it is rounded once and
 //! added to the row's total with the scales. Instruction sets cut the integers into parts as their
 //! multiplications want them and yet give the same bits, as they do with `Fp8`, whose products are
 //! those of f32.
@@ -44,7 +44,8 @@ const fn q_code_bytes<const IS_Q8: bool>() -> usize {
     Q_COLUMNS * ROWS / if IS_Q8 { 1 } else { 2 }
 }
 
-/// 32 input values as integers, in the parts that the portable body and, with `Q8`, AVX2 multiplies.
+/// 32 input values as integers, in the parts that the portable body and, with `Q8`, AVX2
+/// multiplies.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 struct Halves {
@@ -73,6 +74,9 @@ struct Digits {
     reserved: [u32; 4],
 }
 
+/// Weight bytes between those that are multiplied for one token and those that are requested.
+const PREFETCH_BYTES: usize = 4 << 10;
+
 /// Memory of a block of input values, whatever they are.
 type Block = [u32; Q_COLUMNS];
 
@@ -85,7 +89,7 @@ const EXPONENT_MIN: u32 = 24;
 const EXPONENT_MAX: u32 = 255;
 /// Integers are so far below 2^23 that their upper digit does not overflow.
 const HEADROOM: u32 = 0x2_0000;
-/// Bits of the parts of an integer above the lowest 16: those of `Precision::Exact`.
+/// What `integer_bits` are with `Precision::Exact`.
 const EXACT_BITS: u32 = 22;
 
 /// An integer's bits below the exponent of its block's largest value.
@@ -103,8 +107,8 @@ fn exponent(largest: u32) -> u32 {
     ((largest + HEADROOM) >> 23).clamp(EXPONENT_MIN, EXPONENT_MAX)
 }
 
-/// What values are multiplied by to become integers of `bits` bits, and what integers are multiplied
-/// by.
+/// What values are multiplied by to become integers of `bits` bits, and what integers are
+/// multiplied by.
 #[inline(always)]
 fn factors(exponent: u32, bits: u32) -> [f32; 2] {
     if exponent == EXPONENT_MAX {
@@ -119,8 +123,15 @@ fn offset(format: WeightFormat) -> i32 {
     if format == WeightFormat::Q4 { Q4_OFFSET } else { Q8_OFFSET }
 }
 
-/// Writes the integers of `bits` bits of a row `from` over `to`, which may be the same memory and has as many values
-/// as `from`, rounded up to whole blocks.
+/// Requests the weights that follow a block at some distance.
+#[inline(always)]
+fn request(block: &[u8]) {
+    let ahead = block.as_ptr().wrapping_add(PREFETCH_BYTES);
+    super::prefetch(ahead as u64, block.len() as u64);
+}
+
+/// Writes the integers of `bits` bits of a row `from` over `to`, which may be the same memory and
+/// has as many values as `from`, rounded up to whole blocks.
 pub(super) fn split(isa: Isa, format: WeightFormat, bits: u32, from: Span<f32>, to: Span<f32>) {
     let len = from.len();
     let to = to.sub(0, len.next_multiple_of(Q_COLUMNS));

@@ -36,8 +36,8 @@ impl InputForm {
         }
     }
 
-    /// Writes a row in this form to `to`, which has as many values, rounded up to a multiple of 32, and
-    /// may be the same memory.
+    /// Writes a row in this form to `to`, which has as many values, rounded up to a multiple of 32,
+    /// and may be the same memory.
     pub(super) fn convert(self, isa: Isa, from: Span<f32>, to: Span<f32>) {
         match self {
             InputForm::Float => {}

@@ -1,7 +1,7 @@
 //! Products of bf16 weights with inputs that are rounded to bf16, by the instructions for them.
 //!
-//! These add two products to a sum in an order and with a rounding of their own, so bits are those of
-//! chips that have them; they depend on neither the task nor the other tokens.
+//! These add two products to a sum in an order and with a rounding of their own, so bits are those
+//! of chips that have them; they depend on neither the task nor the other tokens.
 
 use std::arch::x86_64::{
     __m512, __m512bh, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_setzero_ps,

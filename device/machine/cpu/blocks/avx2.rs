@@ -132,6 +132,9 @@ pub(super) fn halves<const T: usize, const IS_EXACT: bool>(
     let mut totals = [[_mm256_setzero_ps(); 2]; T];
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
+        if T == 1 {
+            super::request(block);
+        }
         for t in 0..T {
             let x = &x[t][idx];
             let [low, high] = half_sums::<IS_EXACT>(&block[..CODE_BYTES], x);
@@ -155,6 +158,9 @@ pub(super) fn digits<const T: usize, const IS_EXACT: bool>(
     let mut totals = [[_mm256_setzero_ps(); 2]; T];
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
+        if T == 1 {
+            super::request(block);
+        }
         for t in 0..T {
             let x = &x[t][idx];
             let sums = digit_sums::<IS_EXACT>(&block[..CODE_BYTES], x);
@@ -182,8 +188,8 @@ fn scales(stored: &[u8], half: usize, scale: f32) -> __m256 {
 
 /// The sums of a block's products with each digit, of rows 0 to 7 and of the others.
 ///
-/// Products of pairs of columns are words: of 8 pairs they are at most 8 * 2 * 15 * 128, which a word
-/// holds.
+/// Products of pairs of columns are words: of 8 pairs they are at most 8 * 2 * 15 * 128, which a
+/// word holds.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn digit_sums<const IS_EXACT: bool>(codes: &[u8], x: &Digits) -> [[__m256i; 3]; 2] {
@@ -290,6 +296,9 @@ pub(super) fn floats<const T: usize>(strip: &[u8], x: [&[f32]; T]) -> [[f32; ROW
     let mut totals = [[_mm256_setzero_ps(); 2]; T];
     for (idx, first) in (0..x[0].len()).step_by(FP8_BLOCK).enumerate() {
         let block = &strip[idx * block_bytes..][..block_bytes];
+        if T == 1 {
+            super::request(block);
+        }
         let count = FP8_BLOCK.min(x[0].len() - first);
         for half in 0..2 {
             let scales = &block[FP8_CODE_BYTES + 4 * HALF * half..][..4 * HALF];
