@@ -1,13 +1,10 @@
 //! Attention of all shapes of heads that the kernel tells apart, beside the CPU's.
 
-use std::ops::ControlFlow;
-
 use tilert_mk::driver::Device;
-use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Event, LoadMode, ModelSource, Request};
-use tilert_mk_shared::sample::SamplingParams;
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
 
 use crate::ptx_device::PtxDevice;
-use crate::shipped;
+use crate::{answer, shipped};
 
 /// Largest difference from the CPU's logits, relative to the largest of a row.
 const TOLERANCE: f32 = 1e-4;
@@ -38,22 +35,7 @@ fn logits(device: Box<dyn Device>, heads: Heads, width: u32, len: u32) -> Vec<Ve
     let source = ModelSource::Directory(folder.path());
     let mut engine = Engine::open(source, device, &options, &mut |_, _| ()).expect("it opens");
     let prompt: Vec<u32> = (0..len).map(|idx| idx * 37 % 96).collect();
-    let request = Request {
-        prompt: &prompt,
-        max_tokens: 1,
-        stop_ids: &[],
-        sampling: SamplingParams::GREEDY,
-        want_logits: true,
-    };
-    let mut rows = Vec::new();
-    let answer = engine.generate(&request, &mut |event| {
-        if let Event::Logits { row, .. } = event {
-            rows.push(row.to_vec());
-        }
-        ControlFlow::Continue(())
-    });
-    answer.expect("the request ends");
-    rows
+    answer(&mut engine, &prompt, 1).expect("the request ends").rows
 }
 
 /// Compares the kernel with the CPU; its bits are the same in all widths and with all workers.

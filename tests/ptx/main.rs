@@ -65,7 +65,11 @@ fn run(
         ..EngineOptions::default()
     };
     let source = ModelSource::Directory(&path);
-    let mut engine = Engine::open(source, device, &options, &mut |_, _| ())?;
+    answer(&mut Engine::open(source, device, &options, &mut |_, _| ())?, prompt, max_tokens)
+}
+
+/// `max_tokens` tokens after `prompt`, with the logits of all positions.
+fn answer(engine: &mut Engine, prompt: &[u32], max_tokens: u32) -> Result<Output, Error> {
     let request = Request {
         prompt,
         max_tokens,

@@ -130,14 +130,14 @@ fn dots<W: Wide, const R: usize, const T: usize>(w: &[&[W]; R], x: &[&[f32]; T])
         for t in 0..T {
             inputs[t][..len - whole].copy_from_slice(&x[t][whole..]);
         }
-        all_lanes(&weights.each_ref().map(|row| &row[..]), &slices(&inputs), 0..LANES, &mut sums);
+        all_lanes(&slices(&weights), &slices(&inputs), 0..LANES, &mut sums);
     }
     sums
 }
 
 /// The arrays as slices.
 #[inline]
-fn slices<const T: usize>(arrays: &[[f32; LANES]; T]) -> [&[f32]; T] {
+fn slices<V, const N: usize>(arrays: &[[V; LANES]; N]) -> [&[V]; N] {
     arrays.each_ref().map(|row| &row[..])
 }
 

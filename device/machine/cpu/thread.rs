@@ -44,10 +44,13 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Brings `count` rows of `dim` values into a task's form; `to` may be the same rows.
-    fn convert(&self, task: &Task, from: Rows, to: Rows, count: usize, dim: usize) {
-        let args = LinearArgs::unpack(task);
-        let form = InputForm::of(self.isa, args.format, args.precision);
+    /// The form in which a linear task multiplies its inputs.
+    fn form(&self, args: &LinearArgs) -> InputForm {
+        InputForm::of(self.isa, args.format, args.precision)
+    }
+
+    /// Brings `count` rows of `dim` values into a form; `to` may be the same rows.
+    fn convert(&self, form: InputForm, from: Rows, to: Rows, count: usize, dim: usize) {
         for row in 0..count {
             let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
             form.convert(self.isa, from.row(row, dim), to);
@@ -141,19 +144,19 @@ impl Machine for Thread {
         to: Rows,
         is_kept: bool,
     ) -> Rows {
-        let args = LinearArgs::unpack(task);
-        if InputForm::of(self.isa, args.format, args.precision) == InputForm::Float {
+        let form = self.form(&LinearArgs::unpack(task));
+        if form == InputForm::Float {
             return from;
         }
         if !is_kept {
-            self.convert(task, from, to, count, dim);
+            self.convert(form, from, to, count, dim);
         }
         to
     }
 
     #[inline(always)]
     fn settle(&self, task: &Task, x: Rows, count: usize, dim: usize) {
-        self.convert(task, x, x, count, dim);
+        self.convert(self.form(&LinearArgs::unpack(task)), x, x, count, dim);
     }
 
     #[inline(always)]
@@ -176,7 +179,7 @@ impl Machine for Thread {
         let matrix = |address, row_count: u32| Matrix {
             address,
             format: args.format,
-            inputs: InputForm::of(self.isa, args.format, args.precision),
+            inputs: self.form(&args),
             row_count: row_count as usize,
             in_dim: args.in_dim as usize,
         };

@@ -29,9 +29,7 @@ impl Best {
             (self.index, self.value) = (index, value);
         }
     }
-}
 
-impl Best {
     /// Looks at quads that are `TURN` values apart, from value `first` on, before `end`.
     #[inline(always)]
     pub fn look_at<const N: usize>(&mut self, quads: &[Quad; N], first: u32, end: u32) {

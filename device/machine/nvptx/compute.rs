@@ -104,9 +104,9 @@ fn saved(place: u32) -> (u32, Progress) {
 fn finish() {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     let place = place(shared, thread_idx);
-    // SAFETY: a word of this warp, which `save` has left.
-    let trace_count = unsafe { load_shared_word(place + TRACE_COUNT) };
-    let slot = slot_of_warp();
+    // SAFETY: words of this warp, which `save` has left.
+    let (trace_count, slot) =
+        unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
     let progress = Progress { trace_count, ..Progress::NONE };
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
@@ -154,13 +154,6 @@ fn place(shared: u32, thread_idx: u32) -> u32 {
     shared + PROGRESS + thread_idx / WARP_LANES * PROGRESS_BYTES
 }
 
-/// The slot of the task that this warp runs.
-#[inline(always)]
-fn slot_of_warp() -> u32 {
-    // SAFETY: a word of this warp, which `save` has left.
-    unsafe { load_shared_word(place(shared_base(), sreg::thread_idx()) + SLOT) }
-}
-
 /// Leaves what the turn's end and the next turn need. Every lane of the warp has read the last
 /// turn's.
 #[inline(always)]
@@ -180,8 +173,8 @@ fn save(worker: &Worker<Block>, tasks: &RingCursor, slot: u32) {
     barrier::sync_warp();
 }
 
-/// What an op leaves behind for a warp: the prologue whose result the input rows hold, and of
-/// `Admit` whether the block stops.
+/// What an op leaves behind for a warp: the prologue whose result the input rows hold, and, if it
+/// waits itself, whether the block stops.
 pub struct Kept {
     place: u32,
 }
