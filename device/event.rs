@@ -15,6 +15,19 @@ pub fn signal(counter: &EventCounter) {
     counter.add_release(1);
 }
 
+/// Adds one arrival in no order with anything else, where values tell by themselves that they are
+/// there (`shared/stamp.rs`). Called by the leader.
+#[inline(always)]
+pub fn announce(counter: &EventCounter) {
+    counter.add_relaxed(1);
+}
+
+/// Whether the counter has reached `target`, which says nothing about any other memory.
+#[inline(always)]
+pub fn poll_hint(counter: &EventCounter, target: u32) -> bool {
+    is_reached(counter.load_relaxed(), target)
+}
+
 /// Whether the counter has reached `target`; if so, what preceded its signals is visible.
 #[inline(always)]
 pub fn poll(counter: &EventCounter, target: u32) -> bool {

@@ -17,4 +17,5 @@ pub mod machine;
 pub mod ops;
 pub mod queue;
 pub mod takeover;
+mod wait;
 pub mod worker;

@@ -48,10 +48,10 @@ fn is_at(word: u64, epoch: u32) -> bool {
 impl<M: Machine> Worker<'_, M> {
     #[inline(always)]
     fn commit_counter(&self, task_idx: u32) -> &CursorCounter {
-        check!(task_idx < self.header.task_count);
-        let offset = self.header.plan.commits + u64::from(task_idx) * 8;
+        check!(task_idx < self.header().task_count);
+        let offset = self.header().plan.commits + u64::from(task_idx) * 8;
         // SAFETY: one of the header's tasks; the region holds nothing but counters.
-        unsafe { CursorCounter::at(self.header.heap + offset) }
+        unsafe { CursorCounter::at(self.header().heap + offset) }
     }
 
     /// Whether another worker has finished the claimed task. For linear tasks.
@@ -85,7 +85,7 @@ impl<M: Machine> Worker<'_, M> {
         if now_ns - *since_ns < PATIENCE_NS * u64::from(tokens) {
             return Ok(false);
         }
-        for queue_idx in 0..=self.header.worker_count {
+        for queue_idx in 0..=self.header().worker_count {
             if let Some(late) = self.late_claim(queue_idx) {
                 let now_ns = self.trace_ns();
                 self.execute(&late, now_ns, now_ns)?;

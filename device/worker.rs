@@ -7,6 +7,7 @@
 
 use core::cell::Cell;
 use core::mem::offset_of;
+use core::ops::Deref;
 
 use tilert_mk_shared::ABI_VERSION;
 use tilert_mk_shared::event::{EVENT_STRIDE_BYTES, EventId, target};
@@ -80,16 +81,15 @@ impl Progress {
 
 /// One worker: what it shares with the others, and what is its own.
 pub struct Worker<'a, M: Machine> {
-    /// The program.
-    pub header: &'a ProgramHeader,
+    bound: &'a ProgramHeader,
     /// Which worker this is.
     pub worker_idx: u32,
     /// What it runs on.
     pub machine: &'a M,
     /// See `Progress`.
     pub prologue: Cell<u64>,
-    kept_epoch: Cell<u32>,
-    complete: Cell<EventId>,
+    pub(crate) kept_epoch: Cell<u32>,
+    pub(crate) complete: Cell<EventId>,
     trace_count: Cell<u32>,
     /// Another worker has committed the task that this one has run.
     pub(crate) has_lost: Cell<bool>,
@@ -110,7 +110,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         progress: Progress,
     ) -> Self {
         Worker {
-            header,
+            bound: header,
             worker_idx,
             machine,
             prologue: Cell::new(progress.prologue),
@@ -119,6 +119,12 @@ impl<'a, M: Machine> Worker<'a, M> {
             trace_count: Cell::new(progress.trace_count),
             has_lost: Cell::new(false),
         }
+    }
+
+    /// The program's header.
+    #[inline(always)]
+    pub fn header(&self) -> impl Deref<Target = ProgramHeader> + 'a {
+        self.machine.header(self.bound)
     }
 
     /// What the worker knows.
@@ -167,12 +173,12 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// Checks the program's version and tells the host that the device runs. Collective.
     #[inline(always)]
     pub fn begin(&self) -> Result<(), Stopped> {
-        let version = self.header.abi_version;
+        let version = self.header().abi_version;
         if self.machine.lane_idx() == 0 {
             if version != ABI_VERSION {
                 self.fault(FaultCode::BadHeader, None, ABI_VERSION, version);
             } else if self.worker_idx == 0 {
-                let address = self.header.mailbox + offset_of!(Mailbox, clock_ns) as u64;
+                let address = self.header().mailbox + offset_of!(Mailbox, clock_ns) as u64;
                 // SAFETY: a word of the mailbox that only this lane writes, before `ready`.
                 unsafe { Span::<u64>::new(address, 1) }.write(0, self.machine.now_ns());
                 self.mailbox_word(offset_of!(Mailbox, ready)).store_release(1);
@@ -184,10 +190,10 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// A typed view of `len` values at a heap offset.
     #[inline(always)]
     pub fn heap<T: Copy>(&self, offset: u64, len: u64) -> Span<T> {
-        check!(offset + len * size_of::<T>() as u64 <= self.header.plan.total_bytes);
+        check!(offset + len * size_of::<T>() as u64 <= self.header().plan.total_bytes);
         // SAFETY: within the heap by the assertion; regions are aligned to cache lines and valid by
         // the contract of `Worker::new`.
-        unsafe { Span::new(self.header.heap + offset, len as usize) }
+        unsafe { Span::new(self.header().heap + offset, len as usize) }
     }
 
     /// The counter at an offset of the mailbox.
@@ -195,23 +201,23 @@ impl<'a, M: Machine> Worker<'a, M> {
     pub fn mailbox_word(&self, offset: usize) -> &'a HostCounter {
         check!(offset < size_of::<Mailbox>());
         // SAFETY: the mailbox is valid by the contract of `Worker::new`; its words are only counters.
-        unsafe { HostCounter::at(self.header.mailbox + offset as u64) }
+        unsafe { HostCounter::at(self.header().mailbox + offset as u64) }
     }
 
     #[inline(always)]
-    fn event(&self, id: EventId) -> &'a EventCounter {
-        check!(id.0 < self.header.event_count);
-        let offset = self.header.plan.events + u64::from(id.0) * EVENT_STRIDE_BYTES;
+    pub(crate) fn event(&self, id: EventId) -> &'a EventCounter {
+        check!(id.0 < self.header().event_count);
+        let offset = self.header().plan.events + u64::from(id.0) * EVENT_STRIDE_BYTES;
         // SAFETY: one of the header's events; the region holds nothing but counters.
-        unsafe { EventCounter::at(self.header.heap + offset) }
+        unsafe { EventCounter::at(self.header().heap + offset) }
     }
 
     #[inline(always)]
     pub(crate) fn cursor(&self, queue_idx: u32) -> &'a CursorCounter {
-        check!(queue_idx <= self.header.worker_count);
-        let offset = self.header.plan.cursors + u64::from(queue_idx) * CURSOR_STRIDE_BYTES;
+        check!(queue_idx <= self.header().worker_count);
+        let offset = self.header().plan.cursors + u64::from(queue_idx) * CURSOR_STRIDE_BYTES;
         // SAFETY: one of the header's cursors; the region holds nothing but counters.
-        unsafe { CursorCounter::at(self.header.heap + offset) }
+        unsafe { CursorCounter::at(self.header().heap + offset) }
     }
 
     /// Whether the host has asked for the end, or a worker has faulted.
@@ -224,23 +230,23 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// Where a queue's entries are.
     #[inline(always)]
     pub fn span(&self, queue_idx: u32) -> QueueSpan {
-        let count = self.header.worker_count as usize + 1;
+        let count = self.header().worker_count as usize + 1;
         // SAFETY: by the contract of `Worker::new`.
-        unsafe { Span::<QueueSpan>::new(self.header.queue_spans, count) }.read(queue_idx as usize)
+        unsafe { Span::<QueueSpan>::new(self.header().queue_spans, count) }.read(queue_idx as usize)
     }
 
     /// The task at a position of a queue.
     #[inline(always)]
     pub(crate) fn entry(&self, span: QueueSpan, position: u32) -> u32 {
-        let address = self.header.queue_entries + u64::from(span.first) * 4;
+        let address = self.header().queue_entries + u64::from(span.first) * 4;
         // SAFETY: the spans cover the list of entries, by the contract of `Worker::new`.
         unsafe { Span::<u32>::new(address, span.count as usize) }.read(position as usize)
     }
 
     #[inline(always)]
     pub(crate) fn task(&self, task_idx: u32) -> &'a Task {
-        check!(task_idx < self.header.task_count);
-        let address = self.header.tasks + u64::from(task_idx) * size_of::<Task>() as u64;
+        check!(task_idx < self.header().task_count);
+        let address = self.header().tasks + u64::from(task_idx) * size_of::<Task>() as u64;
         // SAFETY: one of the header's tasks, which nobody writes, by the contract of `Worker::new`.
         unsafe { &*(address as *const Task) }
     }
@@ -248,7 +254,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// The earlier of the own queue's next task and the shared queue's, not claimed; none if both are
     /// empty for good.
     pub fn next(&self) -> Option<(Offer, Claim<'a>)> {
-        let shared = self.header.worker_count;
+        let shared = self.header().worker_count;
         let (own, other) = (self.offer(self.worker_idx), self.offer(shared));
         match (own, other) {
             (Some((_, mine)), Some((_, theirs)))
@@ -292,100 +298,9 @@ impl<'a, M: Machine> Worker<'a, M> {
             && event::poll(self.event(task.wait_event), target(task.wait_count, epoch))
     }
 
-    /// Waits for a task's input event, or until `is_moot`; runs ready tasks of other queues meanwhile.
-    /// Collective.
-    #[inline(always)]
-    pub fn wait(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
-        let wait_event = claim.task.wait_event;
-        let is_complete = self.complete.get() == wait_event && self.kept_epoch.get() == claim.epoch;
-        if wait_event.is_some() && !is_complete {
-            let wait = || u32::from(self.wait_leading(claim, &is_moot).is_err());
-            if self.machine.lead(wait) != 0 {
-                return Err(Stopped);
-            }
-            if is_moot() {
-                return Ok(());
-            }
-            self.complete.set(wait_event);
-        }
-        // `Admit` makes the step; every other task comes after it.
-        let is_admit = claim.task.opcode == Opcode::Admit as u16;
-        if !is_admit && self.kept_epoch.replace(claim.epoch) != claim.epoch {
-            self.machine.keep_step(self.heap(self.header.plan.step, 1));
-        }
-        Ok(())
-    }
-
-    /// Waits for the input of a task whose op may have begun before it is ready; others have waited.
-    /// Only a machine whose tasks nobody else takes begins ops early, and only in a step that is known
-    /// to have begun. Collective.
-    #[inline(always)]
-    pub fn wait_late(&self, claim: &Claim) -> Result<(), Stopped> {
-        let wait_event = claim.task.wait_event;
-        let is_complete = self.complete.get() == wait_event;
-        if M::IS_STEALABLE || !wait_event.is_some() || is_complete {
-            return Ok(());
-        }
-        // It is known already: so it need not be looked up while it waits.
-        self.kept_epoch.set(claim.epoch);
-        if self.machine.lead(|| u32::from(self.wait_leading(claim, || false).is_err())) != 0 {
-            return Err(Stopped);
-        }
-        self.complete.set(wait_event);
-        if self.machine.lane_idx() == 0 {
-            let slot = self.trace_record();
-            if !slot.is_empty() {
-                slot.get_mut(0).started_ns = self.machine.now_ns();
-            }
-        }
-        Ok(())
-    }
-
-    #[inline(always)]
-    fn wait_leading(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
-        // `Admit` waits for the previous step's end.
-        let is_admit = claim.task.opcode == Opcode::Admit as u16;
-        let epoch = if is_admit { claim.epoch.wrapping_sub(1) } else { claim.epoch };
-        let goal = target(claim.task.wait_count, epoch);
-        let counter = self.event(claim.task.wait_event);
-        // No deadline yet: zero. An `Option` would be two words, one of them undefined at times.
-        let (mut idle_looks, mut deadline_ns, mut since_ns) = (0u32, 0u64, 0u64);
-        loop {
-            for _ in 0..self.header.polls_per_look {
-                if event::poll(counter, goal) {
-                    return Ok(());
-                }
-                self.machine.relax();
-            }
-            if self.has_stopped() {
-                return Err(Stopped);
-            }
-            if is_moot() {
-                return Ok(());
-            }
-            if M::IS_STEALABLE && (self.steal()? || self.take_over(&mut since_ns)?) {
-                (idle_looks, deadline_ns, since_ns) = (0, 0, 0);
-                continue;
-            }
-            if !is_admit && self.has_begun(claim.epoch) {
-                self.check_deadline(claim, goal, &mut deadline_ns)?;
-                self.machine.idle(0);
-            } else {
-                idle_looks += 1;
-                self.machine.idle(idle_looks);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn has_begun(&self, epoch: u32) -> bool {
-        let begin = self.event(EventId(self.header.begin_event));
-        self.kept_epoch.get() == epoch || event::poll(begin, target(1, epoch))
-    }
-
-    fn steal(&self) -> Result<bool, Stopped> {
-        for step in 1..self.header.worker_count {
-            let victim = (self.worker_idx + step) % self.header.worker_count;
+    pub(crate) fn steal(&self) -> Result<bool, Stopped> {
+        for step in 1..self.header().worker_count {
+            let victim = (self.worker_idx + step) % self.header().worker_count;
             let Some((offer, claim)) = self.offer(victim) else { continue };
             if self.is_ready(claim.task, claim.epoch) && self.take(&offer) {
                 let claim = claim.stolen();
@@ -397,36 +312,24 @@ impl<'a, M: Machine> Worker<'a, M> {
         Ok(false)
     }
 
+    /// Leaves a fault record about a task of which something does not arrive. For one lane.
     #[inline(always)]
-    fn check_deadline(
-        &self,
-        claim: &Claim,
-        goal: u32,
-        deadline_ns: &mut u64,
-    ) -> Result<(), Stopped> {
-        let now_ns = self.machine.now_ns();
-        if *deadline_ns == 0 {
-            *deadline_ns = now_ns + self.header.wait_ns_max;
-        }
-        if now_ns < *deadline_ns {
-            return Ok(());
-        }
-        let observed = self.event(claim.task.wait_event).load_relaxed();
-        self.fault(FaultCode::WaitTimeout, Some(claim), goal, observed);
-        Err(Stopped)
-    }
-
-    /// Leaves a fault record about a task whose staged weights do not arrive. For one lane.
-    pub fn miss_weights(&self, task_idx: u32, epoch: u32) {
+    pub fn miss(&self, code: FaultCode, task_idx: u32, epoch: u32) {
         let claim = Claim::new(self.task(task_idx), task_idx, epoch);
-        self.fault(FaultCode::WeightsTimeout, Some(&claim), 0, 0);
+        self.fault(code, Some(&claim), 0, 0);
     }
 
     /// Leaves a fault record, unless another worker has, and stops the device. For the leader.
     #[inline(always)]
-    fn fault(&self, code: FaultCode, claim: Option<&Claim>, expected: u32, observed: u32) {
+    pub(crate) fn fault(
+        &self,
+        code: FaultCode,
+        claim: Option<&Claim>,
+        expected: u32,
+        observed: u32,
+    ) {
         // SAFETY: the record is valid by the contract of `Worker::new`; `claimed` is only a counter.
-        let claimed = unsafe { HostCounter::at(self.header.fault) };
+        let claimed = unsafe { HostCounter::at(self.header().fault) };
         if claimed.swap_relaxed(1) != 0 {
             return;
         }
@@ -440,13 +343,13 @@ impl<'a, M: Machine> Worker<'a, M> {
             observed,
         ];
         // The words after `claimed`, which others may be swapping.
-        let first = self.header.fault + offset_of!(FaultRecord, code) as u64;
+        let first = self.header().fault + offset_of!(FaultRecord, code) as u64;
         // SAFETY: this worker alone has claimed the record; the host reads it after `stop` below.
         let slot: Span<u32> = unsafe { Span::new(first, words.len()) };
         for (idx, word) in words.into_iter().enumerate() {
             slot.write(idx, word);
         }
-        let time = self.header.fault + offset_of!(FaultRecord, time_ns) as u64;
+        let time = self.header().fault + offset_of!(FaultRecord, time_ns) as u64;
         // SAFETY: as above.
         unsafe { Span::<u64>::new(time, 1) }.write(0, self.machine.now_ns());
         let word = self.mailbox_word(offset_of!(Mailbox, stop));
@@ -483,7 +386,29 @@ impl<'a, M: Machine> Worker<'a, M> {
         Err(Stopped)
     }
 
-    /// Signals what a task's op has done. Collective.
+    /// Notes that the input of a task's op has come, where ops wait for it. Collective.
+    #[inline(always)]
+    pub fn note_input(&self) {
+        if M::HAS_STAMPS && self.machine.lane_idx() == 0 {
+            let slot = self.trace_record();
+            if !slot.is_empty() {
+                slot.get_mut(0).started_ns = self.machine.now_ns();
+            }
+        }
+    }
+
+    /// Signals a task that is announced: nothing can keep it from storing its values any more.
+    /// For all lanes, at any time after they have left the product or whatever else it waits for.
+    #[inline(always)]
+    pub fn announce(&self, claim: &Claim) {
+        // Not the leader: the first lanes have products to finish.
+        let is_last = self.machine.lane_idx() + 1 == self.machine.lane_count();
+        if M::HAS_STAMPS && is_last && claim.task.is_announced() {
+            event::announce(self.event(claim.task.signal_event));
+        }
+    }
+
+    /// Signals what a task's op has done, unless it has been announced. Collective.
     #[inline(always)]
     pub fn finish(&self, claim: &Claim) {
         if M::IS_STEALABLE && self.has_lost.replace(false) {
@@ -493,7 +418,8 @@ impl<'a, M: Machine> Worker<'a, M> {
         self.machine.sync();
         if self.machine.lane_idx() == 0 {
             self.record_end();
-            if claim.task.signal_event.is_some() {
+            let is_announced = M::HAS_STAMPS && claim.task.is_announced();
+            if claim.task.signal_event.is_some() && !is_announced {
                 event::signal(self.event(claim.task.signal_event));
             }
         }
@@ -502,17 +428,17 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// The time, if the program is traced.
     #[inline(always)]
     pub fn trace_ns(&self) -> u64 {
-        if self.header.trace_capacity == 0 { 0 } else { self.machine.now_ns() }
+        if self.header().trace_capacity == 0 { 0 } else { self.machine.now_ns() }
     }
 
     /// This worker's latest trace record; empty if the program is not traced.
     #[inline(always)]
-    fn trace_record(&self) -> Span<TraceRecord> {
+    pub(crate) fn trace_record(&self) -> Span<TraceRecord> {
         // A power of two, or none.
-        let capacity = self.header.trace_capacity;
+        let capacity = self.header().trace_capacity;
         let last = self.trace_count.get().wrapping_sub(1) & capacity.wrapping_sub(1);
         let idx = u64::from(self.worker_idx) * u64::from(capacity) + u64::from(last);
-        let address = self.header.trace + idx * size_of::<TraceRecord>() as u64;
+        let address = self.header().trace + idx * size_of::<TraceRecord>() as u64;
         // SAFETY: this worker's own ring, valid by the contract of `Worker::new`.
         unsafe { Span::new(address, usize::from(capacity != 0)) }
     }

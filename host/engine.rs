@@ -494,5 +494,6 @@ fn lower_options(
         precision,
         tile_bytes: profile.tile_bytes,
         tile_rows_max: profile.tile_rows_max,
+        is_stamped: profile.stamps_values,
     })
 }

@@ -15,7 +15,8 @@ use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Segment, Task, WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Segment, Task, TokenRows,
+    WeightFormat,
 };
 
 use crate::config::ModelConfig;
@@ -65,6 +66,8 @@ pub struct LowerOptions {
     pub tile_bytes: u64,
     /// Rows of a linear task, over all its segments, at most.
     pub tile_rows_max: u32,
+    /// Whether the device stamps values (`shared/stamp.rs`).
+    pub is_stamped: bool,
 }
 
 /// A lowered model.
@@ -148,7 +151,9 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
 fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
     let prologue_dim = config.hidden_dim.max(config.query_dim());
     // Workers may bring rows into another form, also where no prologue does.
-    let is_plain = !options.format.is_blocked() && options.precision == Precision::Exact;
+    let is_plain = !options.format.is_blocked()
+        && options.precision == Precision::Exact
+        && !options.is_stamped;
     let inner_dim = if is_plain { 0 } else { config.intermediate_dim };
     Dims {
         hidden_dim: config.hidden_dim,
@@ -161,13 +166,13 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         task_rows_max: 1,
         prologue_dim_max: prologue_dim.max(inner_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
+        is_stamped: options.is_stamped.into(),
         kv: KvGeometry {
             layer_count: config.layer_count,
             slot_count: options.slot_count,
             kv_head_count: config.kv_head_count,
             context_max: options.context_max,
             head_dim: config.head_dim,
-            reserved: 0,
         },
     }
 }
@@ -178,6 +183,14 @@ const END: EventId = EventId(0);
 const BEGIN: EventId = EventId(1);
 /// Worker of the tasks that come once in a step: they share the sequences' state.
 const CONTROL_HOME: u32 = 0;
+
+/// What a stage waits for and signals.
+struct Edge {
+    wait: EventId,
+    signal: EventId,
+    /// See `Task::is_announced`.
+    is_announced: bool,
+}
 
 struct Builder<'a> {
     options: &'a LowerOptions,
@@ -190,6 +203,8 @@ struct Builder<'a> {
     /// Costs of the stages that are dealt to all workers.
     costs: Vec<StageCosts>,
     rows_max: u32,
+    /// Event of the stage that has left the residual stream.
+    residual: EventId,
 }
 
 impl<'a> Builder<'a> {
@@ -204,6 +219,7 @@ impl<'a> Builder<'a> {
             event_arrivals: vec![0; 2],
             costs: Vec::new(),
             rows_max: 1,
+            residual: EventId::NONE,
         }
     }
 
@@ -228,18 +244,31 @@ impl<'a> Builder<'a> {
     fn build(mut self, graph: &Graph) -> Self {
         self.push(Task::new(Opcode::Admit), END, BEGIN, "admit".into());
         let mut ready = BEGIN;
-        for operator in &graph.operators {
+        for (idx, operator) in graph.operators.iter().enumerate() {
             let done = self.event();
+            // Tasks that look at the stamps of all they read need no more than a hint.
+            let is_announced = graph.operators.get(idx + 1).is_some_and(|next| match &next.kind {
+                Kind::Linear(linear) => linear.token_rows == TokenRows::All,
+                Kind::Attention { .. } => true,
+                Kind::Embed { .. } => false,
+            });
+            let edge = Edge { wait: ready, signal: done, is_announced };
             match &operator.kind {
                 Kind::Embed { table } => {
                     let (format, hidden) = (self.options.stored_format, self.plan.hidden);
                     let args = EmbedArgs { format, table: named(*table, 0), hidden };
                     self.push(args.pack(), ready, done, operator.name.clone());
+                    self.residual = done;
                 }
-                Kind::Linear(linear) => self.linear(linear, ready, done, &operator.name),
+                Kind::Linear(linear) => {
+                    self.linear(linear, &edge, &operator.name);
+                    if linear.epilogue == Epilogue::AddResidual {
+                        self.residual = done;
+                    }
+                }
                 Kind::Attention { layer_idx, query_norm, key_norm } => {
                     let norms = [*query_norm, *key_norm];
-                    self.attention(*layer_idx, norms, ready, done, &operator.name);
+                    self.attention(*layer_idx, norms, &edge, &operator.name);
                 }
             }
             ready = done;
@@ -252,7 +281,9 @@ impl<'a> Builder<'a> {
     }
 
     /// One stage of linear tasks.
-    fn linear(&mut self, linear: &Linear, wait: EventId, signal: EventId, name: &str) {
+    fn linear(&mut self, linear: &Linear, edge: &Edge, name: &str) {
+        let adds = linear.epilogue == Epilogue::AddResidual;
+        let residual_age = if adds { edge.wait.0 - self.residual.0 } else { 0 };
         let stored_row_bytes = self.options.stored_format.row_bytes(linear.in_dim);
         let stage_idx = self.costs.len() as u32;
         let mut costs = StageCosts::new();
@@ -263,6 +294,8 @@ impl<'a> Builder<'a> {
                 token_rows: linear.token_rows,
                 format: self.options.format,
                 precision: self.options.precision,
+                residual_age,
+                is_announced: edge.is_announced,
                 in_dim: linear.in_dim,
                 x_stride: linear.in_dim,
                 y_stride: linear.out_dim,
@@ -275,7 +308,7 @@ impl<'a> Builder<'a> {
             };
             self.rows_max = self.rows_max.max(args.row_count());
             costs.push(args.weight_bytes());
-            self.push(args.pack(), wait, signal, format!("{name} tile {tile_idx}"));
+            self.push(args.pack(), edge.wait, edge.signal, format!("{name} tile {tile_idx}"));
         }
         self.costs.push(costs);
     }
@@ -341,8 +374,7 @@ impl<'a> Builder<'a> {
         &mut self,
         layer_idx: u32,
         norms: [Option<TensorIdx>; 2],
-        wait: EventId,
-        signal: EventId,
+        edge: &Edge,
         name: &str,
     ) {
         let kv = &self.dims.kv;
@@ -364,9 +396,11 @@ impl<'a> Builder<'a> {
                 splits: self.plan.splits,
                 query_norm,
                 key_norm,
+                is_announced: edge.is_announced,
             };
             let part = if part_count == 1 { String::new() } else { format!(" part {part_idx}") };
-            self.push(args.pack(), wait, signal, format!("{name} head {kv_head_idx}{part}"));
+            let name = format!("{name} head {kv_head_idx}{part}");
+            self.push(args.pack(), edge.wait, edge.signal, name);
         }
     }
 

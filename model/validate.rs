@@ -19,6 +19,7 @@ mod memory;
 mod mutations;
 mod order;
 mod queues;
+mod stamps;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -67,7 +68,8 @@ pub fn validate_for(program: &Program, staging: &Staging) -> Result<(), Validate
     let order = order::Order::new(program)?;
     let mut memory = memory::Memory::new(program, &order);
     tasks::check(program, staging, &mut memory)?;
-    memory.check()
+    memory.check()?;
+    stamps::check(program, &order)
 }
 
 /// Proves that a program of empty tasks ends: it touches no memory of which to prove anything.

@@ -14,6 +14,8 @@ pub enum FaultCode {
     BadHeader = 3,
     /// Staged weights did not arrive before the deadline.
     WeightsTimeout = 4,
+    /// Stamped values did not arrive before the deadline, though their stage was announced.
+    ValuesTimeout = 5,
 }
 
 impl FaultCode {
@@ -24,6 +26,7 @@ impl FaultCode {
             1 => FaultCode::WaitTimeout,
             3 => FaultCode::BadHeader,
             4 => FaultCode::WeightsTimeout,
+            5 => FaultCode::ValuesTimeout,
             _ => FaultCode::BadTask,
         }
     }

@@ -21,8 +21,6 @@ pub struct KvGeometry {
     pub context_max: u32,
     /// Values in a key or value.
     pub head_dim: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
 }
 
 impl KvGeometry {
@@ -81,7 +79,6 @@ mod tests {
             kv_head_count: 5,
             context_max: 7,
             head_dim: 8,
-            reserved: 0,
         };
         assert_eq!(kv.key_idx(0, 0, 1) - kv.key_idx(0, 0, 0), 2 * kv.plane_values());
         assert_eq!(kv.value_count(), 3 * 2 * 5 * 2 * 7 * 8);

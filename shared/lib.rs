@@ -20,9 +20,10 @@ pub mod program;
 pub mod queue;
 pub mod sample;
 pub mod sequence;
+pub mod stamp;
 pub mod task;
 pub mod tile;
 pub mod trace;
 
 /// Version of the layouts in this crate; the kernel refuses a header with another one.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;

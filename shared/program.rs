@@ -5,6 +5,7 @@ use crate::kv::KvGeometry;
 use crate::limits::ATTENTION_SPLIT_MAX;
 use crate::queue::CURSOR_STRIDE_BYTES;
 use crate::sequence::{SequenceState, StepState};
+use crate::stamp::STAMPED_GROUP;
 
 /// Sizes of the model and of the engine that the ops share.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -30,6 +31,8 @@ pub struct Dims {
     pub prologue_dim_max: u32,
     /// Bins of the sampler's histogram: `SAMPLE_BIN_COUNT`, as a number that compilers do not know.
     pub sample_bin_count: u32,
+    /// 1 if values are stamped (`stamp.rs`), else 0.
+    pub is_stamped: u32,
     /// The KV cache.
     pub kv: KvGeometry,
 }
@@ -140,6 +143,8 @@ pub struct HeapPlan {
     /// The sampler's workspace: `[vocab_size] f32` logits after penalties, then what
     /// `Dims::sample_weights_offset` and `Dims::sample_bins_offset` say.
     pub sample: u64,
+    /// The values from `hidden` to `logits` in words with their stamps, if they are stamped.
+    pub stamped: u64,
     /// Event counters, `EVENT_STRIDE_BYTES` apart.
     pub events: u64,
     /// `[task_count] u64`: the step in which each linear task was last committed.
@@ -153,7 +158,7 @@ pub struct HeapPlan {
 }
 
 /// Number of regions in a heap.
-pub const REGION_COUNT: usize = 17;
+pub const REGION_COUNT: usize = 18;
 
 impl HeapPlan {
     /// Lays out a heap for `worker_count` workers and a program of as many events and tasks.
@@ -167,6 +172,12 @@ impl HeapPlan {
         let tokens = dims.step_tokens_max as u64;
         let slots = kv.slot_count as u64;
         let rope = kv.context_max as u64 * (kv.head_dim / 2) as u64 * 4;
+        let hidden = tokens * dims.hidden_dim as u64 * 4;
+        let qkv = tokens * dims.qkv_dim() as u64 * 4;
+        let splits = dims.split_idx(dims.step_tokens_max, 0, 0) * 4;
+        let intermediate = tokens * dims.intermediate_dim as u64 * 4;
+        let stamped = align_up(hidden) + align_up(qkv) + align_up(splits) + align_up(intermediate);
+        let groups = stamped.div_ceil(STAMPED_GROUP as u64 * 4) * dims.is_stamped as u64;
         let sizes: [u64; REGION_COUNT] = [
             (worker_count as u64 + 1) * CURSOR_STRIDE_BYTES,
             size_of::<StepState>() as u64,
@@ -175,12 +186,13 @@ impl HeapPlan {
             slots * dims.vocab_size as u64 * 4,
             rope,
             rope,
-            tokens * dims.hidden_dim as u64 * 4,
-            tokens * dims.qkv_dim() as u64 * 4,
-            dims.split_idx(dims.step_tokens_max, 0, 0) * 4,
-            tokens * dims.intermediate_dim as u64 * 4,
+            hidden,
+            qkv,
+            splits,
+            intermediate,
             tokens * dims.vocab_size as u64 * 4,
             dims.sample_bins_offset() + SAMPLE_BIN_COUNT * 8,
+            groups * STAMPED_GROUP as u64 * 8,
             event_count as u64 * EVENT_STRIDE_BYTES,
             task_count as u64 * 8,
             worker_count as u64 * dims.scratch_bytes(),
@@ -206,11 +218,12 @@ impl HeapPlan {
             intermediate: offsets[10],
             logits: offsets[11],
             sample: offsets[12],
-            events: offsets[13],
-            commits: offsets[14],
-            scratch: offsets[15],
-            kv: offsets[16],
-            total_bytes: offsets[17],
+            stamped: offsets[13],
+            events: offsets[14],
+            commits: offsets[15],
+            scratch: offsets[16],
+            kv: offsets[17],
+            total_bytes: offsets[18],
         }
     }
 
@@ -230,6 +243,7 @@ impl HeapPlan {
             ("intermediate", self.intermediate),
             ("logits", self.logits),
             ("sample", self.sample),
+            ("stamped", self.stamped),
             ("events", self.events),
             ("commits", self.commits),
             ("scratch", self.scratch),
@@ -307,13 +321,13 @@ mod tests {
             step_tokens_max: 64,
             task_rows_max: 33,
             prologue_dim_max: 72,
+            is_stamped: 1,
             kv: KvGeometry {
                 layer_count: 3,
                 slot_count: 2,
                 kv_head_count: 3,
                 context_max: 100,
                 head_dim: 8,
-                reserved: 0,
             },
             ..Dims::default()
         };

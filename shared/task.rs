@@ -157,6 +157,14 @@ pub enum TokenRows {
     Logits = 1,
 }
 
+/// Flag of tasks that are announced, see `Task::is_announced`.
+const ANNOUNCED: u16 = 1 << 15;
+
+/// Which tokens a linear task with these flags processes.
+const fn token_rows(flags: u16) -> TokenRows {
+    if flags >> 4 & 1 == 0 { TokenRows::All } else { TokenRows::Logits }
+}
+
 /// One tile task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C, align(128))]
@@ -195,6 +203,25 @@ impl Task {
 }
 
 impl Task {
+    /// Whether the task is announced: where values are stamped (`stamp.rs`), it signals as soon as
+    /// nothing can keep it from storing them, and whoever waits for it looks at each value's stamp.
+    #[inline]
+    pub const fn is_announced(&self) -> bool {
+        self.flags & ANNOUNCED != 0
+    }
+
+    /// Whether the op reads nothing but stamped values of what other tasks of the step have left, so
+    /// that it may begin once the step has, and wait for its input itself.
+    #[inline]
+    pub const fn waits_itself(&self) -> bool {
+        match Opcode::from_raw(self.opcode) {
+            Some(Opcode::Attention) => true,
+            // Without rows a task reads nothing, and so learns nothing of the stage before.
+            Some(Opcode::Linear) => matches!(token_rows(self.flags), TokenRows::All),
+            _ => false,
+        }
+    }
+
     /// Segments of a linear task that have rows; they come first.
     #[inline]
     pub const fn segment_count(&self) -> usize {
@@ -232,6 +259,9 @@ pub struct Segment {
 /// Which of a linear task's references are weights, by segment.
 pub const LINEAR_WEIGHTS: [usize; SEGMENT_COUNT_MAX] = [3, 5, 7];
 
+/// See `LinearArgs::residual_age`.
+pub const RESIDUAL_AGE_MAX: u32 = 15;
+
 /// Arguments of `Opcode::Linear`.
 ///
 /// Shapes: input rows `[tokens, in_dim] f32`, `x_stride` values apart; output rows `y_stride` values
@@ -248,6 +278,11 @@ pub struct LinearArgs {
     pub format: WeightFormat,
     /// Precision of the inputs.
     pub precision: Precision,
+    /// With `Epilogue::AddResidual`: the event of the stage that has left what is added to, counted
+    /// back from the event that the task waits for, up to `RESIDUAL_AGE_MAX`; else 0.
+    pub residual_age: u32,
+    /// See `Task::is_announced`.
+    pub is_announced: bool,
     /// Values in an input row; a multiple of 8.
     pub in_dim: u32,
     /// Values from one input row to the next.
@@ -274,7 +309,9 @@ impl LinearArgs {
             | (self.epilogue as u16) << 2
             | (self.token_rows as u16) << 4
             | (self.format as u16) << 5
-            | (self.precision as u16) << 8;
+            | (self.precision as u16) << 8
+            | (self.residual_age as u16 & RESIDUAL_AGE_MAX as u16) << 9
+            | if self.is_announced { ANNOUNCED } else { 0 };
         let [a, b, c] = self.segments;
         task.words = [
             self.in_dim,
@@ -317,9 +354,11 @@ impl LinearArgs {
                 1 => Epilogue::AddResidual,
                 _ => Epilogue::SiluMul,
             },
-            token_rows: if task.flags >> 4 & 1 == 0 { TokenRows::All } else { TokenRows::Logits },
+            token_rows: token_rows(task.flags),
             format: WeightFormat::from_raw(task.flags >> 5 & 7),
-            precision: if task.flags >> 8 == 0 { Precision::Exact } else { Precision::Bf16 },
+            precision: if task.flags >> 8 & 1 == 0 { Precision::Exact } else { Precision::Bf16 },
+            residual_age: task.flags as u32 >> 9 & RESIDUAL_AGE_MAX,
+            is_announced: task.is_announced(),
             in_dim: w[0],
             x_stride: w[1],
             y_stride: w[2],
@@ -368,12 +407,15 @@ pub struct AttentionArgs {
     pub query_norm: u64,
     /// Address of the key norm's weight, `[head_dim] f32`; 0 for none.
     pub key_norm: u64,
+    /// See `Task::is_announced`.
+    pub is_announced: bool,
 }
 
 impl AttentionArgs {
     /// The task record with these arguments and no events.
     pub const fn pack(&self) -> Task {
         let mut task = Task::new(Opcode::Attention);
+        task.flags = if self.is_announced { ANNOUNCED } else { 0 };
         task.words[0] = self.layer_idx;
         task.words[1] = self.kv_head_idx;
         task.words[2] = self.part_idx;
@@ -397,6 +439,7 @@ impl AttentionArgs {
             splits: task.refs[1],
             query_norm: task.refs[2],
             key_norm: task.refs[3],
+            is_announced: task.is_announced(),
         }
     }
 }
@@ -455,6 +498,8 @@ mod tests {
                             token_rows,
                             format,
                             precision: Precision::Bf16,
+                            residual_age: 9,
+                            is_announced: format == WeightFormat::Fp8,
                             in_dim: 72,
                             x_stride: 73,
                             y_stride: 74,
@@ -482,6 +527,7 @@ mod tests {
             splits: 6 << 33,
             query_norm: 7 << 33,
             key_norm: 8 << 33,
+            is_announced: true,
         };
         assert_eq!(AttentionArgs::unpack(&attention.pack()), attention);
         let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };

@@ -90,14 +90,16 @@ pub const STOP_WORD: u32 = OP_WORDS + 8;
 pub const TASK_WORD: u32 = STOP_WORD + 4;
 /// Offset of two words for the leader's results in the loop around ops.
 pub const LOOP_WORDS: u32 = TASK_WORD + 4;
+/// Offset of a word that is 1 once the computing warps know that the device stops.
+pub const NOTICE_WORD: u32 = LOOP_WORDS + 8;
 /// Offset of the program header.
-pub const HEADER: u32 = (LOOP_WORDS + 8).next_multiple_of(8);
+pub const HEADER: u32 = (NOTICE_WORD + 4).next_multiple_of(8);
 /// Offset of the step's description, which each block copies once a step.
 pub const STEP: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(16);
 /// Offset of what each computing warp knows from one task to the next.
 pub const PROGRESS: u32 = (STEP + size_of::<StepState>() as u32).next_multiple_of(16);
 /// Bytes of that for one warp.
-pub const PROGRESS_BYTES: u32 = 32;
+pub const PROGRESS_BYTES: u32 = 48;
 /// Offset of the task slots.
 pub const TASK_SLOTS: u32 = (PROGRESS + COMPUTE_WARPS * PROGRESS_BYTES).next_multiple_of(128);
 /// Offset of `[SAMPLE_BIN_COUNT] u64` bins, or `[tokens, COMPUTE_WARPS] f32` sums.

@@ -59,6 +59,8 @@ fn matmul(criterion: &mut Criterion) {
             token_rows: TokenRows::All,
             format,
             precision: Precision::Exact,
+            residual_age: 0,
+            is_announced: false,
             in_dim: IN_DIM as u32,
             x_stride: IN_DIM as u32,
             y_stride: ROW_COUNT as u32,
@@ -101,7 +103,7 @@ fn rms_norm(criterion: &mut Criterion) {
     let weight = span(&mut weight).sub(0, IN_DIM);
     let out = Rows { values: span(&mut out), stride: IN_DIM };
     criterion.bench_function(&format!("rms_norm/{IN_DIM}"), |bencher| {
-        bencher.iter(|| machine.rms_norm(|_| black_box(x), 1, weight, 1e-5, out));
+        bencher.iter(|| machine.rms_norm(|_| black_box(x), 1, weight, 1e-5, out, ()));
     });
 }
 
@@ -138,7 +140,7 @@ fn attend(criterion: &mut Criterion) {
             scratch: span(&mut scratch),
         };
         group.bench_function(format!("{positions} positions, {QUERY_COUNT} queries"), |bencher| {
-            bencher.iter(|| machine.attend(black_box(&attention), || Ok(())));
+            bencher.iter(|| machine.attend(black_box(&attention)));
         });
     }
 }

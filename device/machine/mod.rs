@@ -18,9 +18,10 @@ pub mod nvptx;
 pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter};
 
 use crate::worker::{Claim, Stopped, Worker};
+use core::ops::Deref;
 use memory::Span;
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
-use tilert_mk_shared::program::Dims;
+use tilert_mk_shared::program::{Dims, ProgramHeader};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 
@@ -112,6 +113,10 @@ pub struct Finish {
     pub up_bias: Span<f32>,
     /// Whether the result is added to what is there.
     pub adds: bool,
+    /// See `LinearArgs::residual_age`.
+    pub residual_age: u32,
+    /// Values of an input row if it is normed, else 0; see `Machine::rms_norm`.
+    pub norm_dim: u32,
 }
 
 /// What a worker can do.
@@ -119,11 +124,25 @@ pub trait Machine {
     /// Whether other workers may take tasks from this worker's queue.
     const IS_STEALABLE: bool;
 
+    /// Whether values are stamped (`shared/stamp.rs`): the machine looks at the stamps of all values
+    /// of the step that it reads for `rms_norm`, `gather`, `merge`, `attend`, and of what `store` adds
+    /// to, and waits for each; and it stamps what `store`, `attend` and `widen` leave.
+    const HAS_STAMPS: bool = false;
+
+    /// See `norm_ahead`.
+    type NormAhead: Copy + Default;
+
     /// This lane's index among its worker's.
     fn lane_idx(&self) -> usize;
 
     /// Lanes of a worker.
     fn lane_count(&self) -> usize;
+
+    /// The program's header, which was at `bound` when the worker began: on a GPU a copy near.
+    #[inline(always)]
+    fn header<'a>(&self, bound: &'a ProgramHeader) -> impl Deref<Target = ProgramHeader> + 'a {
+        bound
+    }
 
     /// Waits for all lanes of the worker; orders their accesses before and after.
     fn sync(&self);
@@ -201,7 +220,8 @@ pub trait Machine {
     #[inline(always)]
     fn settle(&self, _task: &Task, _x: Rows, _count: usize, _dim: usize) {}
 
-    /// Collective: `out[i] = weight * from(i) / sqrt(mean(from(i)^2) + eps)` for each row.
+    /// Collective: `out[i] = weight * from(i) / sqrt(mean(from(i)^2) + eps)` for each row; a machine
+    /// may leave the division to `store`. `ahead` is what `norm_ahead` has said of the first row.
     fn rms_norm(
         &self,
         from: impl Fn(usize) -> Span<f32>,
@@ -209,7 +229,14 @@ pub trait Machine {
         weight: Span<f32>,
         eps: f32,
         out: Rows,
+        ahead: Self::NormAhead,
     );
+
+    /// Collective: what `rms_norm` needs and can have before its rows are there.
+    #[inline(always)]
+    fn norm_ahead(&self, _first_row: Span<f32>, _weight: Span<f32>) -> Self::NormAhead {
+        Self::NormAhead::default()
+    }
 
     /// Collective: products of all rows of a linear task's segments with `count` input rows, for
     /// `store`.
@@ -221,8 +248,8 @@ pub trait Machine {
     /// Collective: gives up a linear task's staged weights.
     fn discard(&self, task: &Task);
 
-    /// Collective: the first call of `store` for the products to come will have these arguments; it
-    /// may ask for what they will be added to.
+    /// Collective: the first call of `store` for the products to come will have these arguments; the
+    /// machine may ask for what they will be added to. The input rows are there.
     fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
 
     /// Collective: what becomes of products that `multiply` has left in `products`, to `out(token)`;
@@ -234,14 +261,8 @@ pub trait Machine {
     /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize);
 
-    /// Collective: appends a token's key and value and attends, split by split. `ready` waits for the
-    /// step's queries, keys and values, and is called before any of them is read; what earlier steps
-    /// have left may be read before. Nothing is appended if it fails, and that is the result.
-    fn attend(
-        &self,
-        attention: &Attention,
-        ready: impl Fn() -> Result<(), Stopped>,
-    ) -> Result<(), Stopped>;
+    /// Collective: appends a token's key and value and attends, split by split.
+    fn attend(&self, attention: &Attention);
 
     /// Collective: stored values `first..` of the table at `address`, widened into `out`.
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>);

@@ -76,7 +76,7 @@ fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
 fn read_command<M: Machine>(worker: &Worker<M>) {
     let head_word = worker.mailbox_word(offset_of!(Mailbox, command_head));
     let head = worker.machine.lead(|| head_word.load_relaxed());
-    let ring = worker.header.mailbox + offset_of!(Mailbox, commands) as u64;
+    let ring = worker.header().mailbox + offset_of!(Mailbox, commands) as u64;
     // SAFETY: the ring is part of the mailbox; the host filled the record before `command_tail`.
     let commands: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
     let command = commands.get((head % COMMAND_COUNT_MAX) as usize);
@@ -100,8 +100,8 @@ fn read_command<M: Machine>(worker: &Worker<M>) {
 #[inline(always)]
 fn start<M: Machine>(worker: &Worker<M>, command: &Command) {
     let (slot, count) = (command.slot, command.params.prompt_count as usize);
-    let context = worker.header.dims.kv.context_max as usize;
-    let address = worker.header.prompts + u64::from(slot) * context as u64 * 4;
+    let context = worker.header().dims.kv.context_max as usize;
+    let address = worker.header().prompts + u64::from(slot) * context as u64 * 4;
     // SAFETY: the slot's row of the prompts, which the host filled before `command_tail`.
     let prompt: Span<u32> = unsafe { Span::new(address, context) };
     let tokens = super::tokens(worker, slot);
@@ -135,10 +135,10 @@ fn start<M: Machine>(worker: &Worker<M>, command: &Command) {
 #[inline(always)]
 fn compose<M: Machine>(worker: &Worker<M>) -> bool {
     // Not what this worker has near, which is the step before.
-    let step_view = worker.heap::<StepState>(worker.header.plan.step, 1);
+    let step_view = worker.heap::<StepState>(worker.header().plan.step, 1);
     let step = step_view.get_mut(0);
     let states = super::sequences(worker);
-    let limit = worker.header.dims.step_tokens_max;
+    let limit = worker.header().dims.step_tokens_max;
     step.token_count = 0;
     step.logit_count = 0;
     // One token of each decoding sequence first, then as much of the prompts as fits.

@@ -11,10 +11,10 @@ use tilert_mk_shared::task::AttentionArgs;
 
 use crate::machine::memory::Span;
 use crate::machine::{Attention, Machine};
-use crate::worker::{Claim, Stopped, Worker};
+use crate::worker::{Claim, Worker};
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) -> Result<(), Stopped> {
+pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let step_view = super::step(worker);
     let step = step_view.get(0);
     // The memory of input rows is about to be used.
@@ -32,12 +32,11 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) -> Result<(), S
             }
             is_begun = true;
             let attention = attention(worker, &args, token_idx, token);
-            worker.machine.attend(&attention, || worker.wait_late(claim))?;
+            worker.machine.attend(&attention);
         }
         token_idx += 1;
     }
-    // A task without positions waits too: what comes after it counts on that.
-    worker.wait_late(claim)
+    worker.announce(claim);
 }
 
 /// What the task does for a token.
@@ -48,8 +47,9 @@ fn attention<M: Machine>(
     token_idx: u32,
     token: &StepToken,
 ) -> Attention {
-    let dims = &worker.header.dims;
-    let (kv, plan, dim) = (&dims.kv, &worker.header.plan, u64::from(dims.kv.head_dim));
+    let header = worker.header();
+    let dims = &header.dims;
+    let (kv, plan, dim) = (&dims.kv, &header.plan, u64::from(dims.kv.head_dim));
     let group = dims.heads_per_kv();
     // Heads of the token: queries, then keys, then values.
     let heads = |head_idx: u32, count: u32| {

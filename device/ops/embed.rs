@@ -8,7 +8,7 @@ use crate::worker::{Claim, Worker};
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let args = EmbedArgs::unpack(claim.task);
-    let dim = u64::from(worker.header.dims.hidden_dim);
+    let dim = u64::from(worker.header().dims.hidden_dim);
     let step_view = super::step(worker);
     let step = step_view.get(0);
     let hidden = worker.heap::<f32>(args.hidden, u64::from(step.token_count) * dim);

@@ -18,74 +18,122 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let step_view = super::step(worker);
     let step = step_view.get(0);
     let row_count = step.row_count(args.token_rows) as usize;
+    let x = Input::new(worker, claim, &args, step, row_count);
+    let ahead = x.ahead();
     if row_count == 0 {
         worker.machine.discard(claim.task);
+        worker.announce(claim);
         worker.commit(claim);
         return;
     }
     let task = claim.task;
+    let x = x.take(ahead);
+    worker.note_input();
     worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
-    let x = input(worker, claim, &args, step, row_count);
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
+    worker.announce(claim);
     if worker.commit(claim) {
         store(worker, task, y, row_count);
     }
 }
 
-/// The input rows after the prologue.
-#[inline(always)]
-fn input<M: Machine>(
-    worker: &Worker<M>,
-    claim: &Claim,
-    args: &LinearArgs,
-    step: &StepState,
+/// The input rows of a task, to be brought near.
+struct Input<'a, M: Machine> {
+    worker: &'a Worker<'a, M>,
+    task: &'a Task,
+    args: &'a LinearArgs,
+    step: &'a StepState,
     count: usize,
-) -> Rows {
-    let dim = args.in_dim as usize;
-    let token_of = |row: usize| match args.token_rows {
-        TokenRows::All => row,
-        TokenRows::Logits => step.logit_tokens[row] as usize,
-    };
-    let x = worker.machine.input_rows(super::scratch_input(worker), count, dim);
-    let prologue = u64::from(claim.epoch) << 32 | u64::from(args.prologue_key);
-    let is_kept = worker.prologue.get() == prologue;
-    worker.keep_prologue(prologue);
-    match args.prologue {
-        Prologue::None => {
-            let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);
-            let from = Rows { values, stride: args.x_stride as usize };
-            return worker.machine.gather(claim.task, from, count, dim, x, is_kept);
+    rows: Rows,
+    /// The rows already hold the result of the prologue.
+    is_kept: bool,
+}
+
+impl<'a, M: Machine> Input<'a, M> {
+    #[inline(always)]
+    fn new(
+        worker: &'a Worker<'a, M>,
+        claim: &Claim<'a>,
+        args: &'a LinearArgs,
+        step: &'a StepState,
+        count: usize,
+    ) -> Self {
+        let scratch = super::scratch_input(worker);
+        let rows = worker.machine.input_rows(scratch, count, args.in_dim as usize);
+        let prologue = u64::from(claim.epoch) << 32 | u64::from(args.prologue_key);
+        let is_kept = worker.prologue.get() == prologue;
+        worker.keep_prologue(prologue);
+        Input { worker, task: claim.task, args, step, count, rows, is_kept }
+    }
+
+    #[inline(always)]
+    fn token_of(&self, row: usize) -> usize {
+        match self.args.token_rows {
+            TokenRows::All => row,
+            TokenRows::Logits => self.step.logit_tokens[row] as usize,
         }
-        _ if is_kept => {}
-        Prologue::RmsNorm => {
-            let from = |row| {
-                let first = token_of(row) as u64 * u64::from(args.x_stride);
-                worker.heap::<f32>(args.x + first * 4, dim as u64)
-            };
-            // SAFETY: the host has bound the norm's weight, `[in_dim] f32`, until the workers end.
-            let weight = unsafe { Span::<f32>::new(args.norm_weight, dim) };
-            let eps = worker.header.dims.rms_norm_eps;
-            worker.machine.rms_norm(from, count, weight, eps, x);
+    }
+
+    /// Row `row` before the norm.
+    #[inline(always)]
+    fn normed_row(&self, row: usize) -> Span<f32> {
+        let first = self.token_of(row) as u64 * u64::from(self.args.x_stride);
+        self.worker.heap(self.args.x + first * 4, u64::from(self.args.in_dim))
+    }
+
+    #[inline(always)]
+    fn norm_weight(&self) -> Span<f32> {
+        // SAFETY: the host has bound the norm's weight, `[in_dim] f32`, until the workers end.
+        unsafe { Span::<f32>::new(self.args.norm_weight, self.args.in_dim as usize) }
+    }
+
+    /// What can be had before the rows are there.
+    #[inline(always)]
+    fn ahead(&self) -> M::NormAhead {
+        if self.args.prologue == Prologue::RmsNorm && !self.is_kept && self.count > 0 {
+            return self.worker.machine.norm_ahead(self.normed_row(0), self.norm_weight());
         }
-        Prologue::MergeSplits => {
-            let dims = &worker.header.dims;
-            let values = u64::from(dims.head_count * ATTENTION_SPLIT_MAX * dims.split_values());
-            for row in 0..count {
-                let token_idx = token_of(row);
-                let first = dims.split_idx(token_idx as u32, 0, 0);
-                let splits = worker.heap::<f32>(args.x + first * 4, values);
-                let split_count = attention_split_count(step.tokens[token_idx].position);
-                worker.machine.merge(dims, splits, split_count as usize, x, row);
+        M::NormAhead::default()
+    }
+
+    /// The rows after the prologue.
+    #[inline(always)]
+    fn take(&self, ahead: M::NormAhead) -> Rows {
+        let Input { worker, task, args, step, count, rows: x, is_kept } = *self;
+        let dim = args.in_dim as usize;
+        match args.prologue {
+            Prologue::None => {
+                let values = worker.heap(args.x, u64::from(args.x_stride) * count as u64);
+                let from = Rows { values, stride: args.x_stride as usize };
+                return worker.machine.gather(task, from, count, dim, x, is_kept);
             }
-            worker.machine.sync();
+            _ if is_kept => {}
+            Prologue::RmsNorm => {
+                let (weight, eps) = (self.norm_weight(), worker.header().dims.rms_norm_eps);
+                let from = |row| self.normed_row(row);
+                worker.machine.rms_norm(from, count, weight, eps, x, ahead);
+            }
+            Prologue::MergeSplits => {
+                let header = worker.header();
+                let dims = &header.dims;
+                let values = u64::from(dims.head_count * ATTENTION_SPLIT_MAX * dims.split_values());
+                for row in 0..count {
+                    let token_idx = self.token_of(row);
+                    let first = dims.split_idx(token_idx as u32, 0, 0);
+                    let splits = worker.heap::<f32>(args.x + first * 4, values);
+                    let split_count = attention_split_count(step.tokens[token_idx].position);
+                    worker.machine.merge(dims, splits, split_count as usize, x, row);
+                }
+                worker.machine.sync();
+            }
         }
+        if !is_kept {
+            worker.machine.settle(task, x, count, dim);
+        }
+        x
     }
-    if !is_kept {
-        worker.machine.settle(claim.task, x, count, dim);
-    }
-    x
 }
 
 /// What becomes of the products of segment `idx`, whose first row is row `first` of the task.
@@ -108,6 +156,8 @@ fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
         is_gated,
         up_bias: bias(if is_gated { 1 } else { idx }),
         adds: args.epilogue == Epilogue::AddResidual,
+        residual_age: args.residual_age,
+        norm_dim: if args.prologue == Prologue::RmsNorm { args.in_dim } else { 0 },
     }
 }
 

@@ -90,12 +90,12 @@ fn advance<M: Machine>(
 /// The next token, or `NO_TOKEN` if a logit is not a number. Collective.
 #[inline(always)]
 fn choose<M: Machine>(worker: &Worker<M>, token: &StepToken, state: &SequenceState) -> u32 {
-    let vocab = u64::from(worker.header.dims.vocab_size);
-    let offset = worker.header.plan.logits + u64::from(token.logit_row) * vocab * 4;
+    let vocab = u64::from(worker.header().dims.vocab_size);
+    let offset = worker.header().plan.logits + u64::from(token.logit_row) * vocab * 4;
     let mut logits = worker.heap::<f32>(offset, vocab);
     let params = &state.params.sampling;
     if params.has_penalty() {
-        let out = worker.heap::<f32>(worker.header.plan.sample, vocab);
+        let out = worker.heap::<f32>(worker.header().plan.sample, vocab);
         let marks = super::marks(worker, token.slot);
         worker.machine.for_each(1, vocab as usize, |_, index| {
             out.write(index, penalised(params, logits.read(index), marks.read(index)));
@@ -216,9 +216,10 @@ fn draw<M: Machine>(
     best: u32,
     counter: u32,
 ) -> u32 {
-    let (dims, machine) = (&worker.header.dims, worker.machine);
+    let (header, machine) = (worker.header(), worker.machine);
+    let dims = &header.dims;
     let vocab = u64::from(dims.vocab_size);
-    let region = worker.header.plan.sample;
+    let region = worker.header().plan.sample;
     let weights = worker.heap::<u64>(region + dims.sample_weights_offset(), vocab);
     let bin_count = u64::from(dims.sample_bin_count);
     let bins = worker.heap::<u64>(region + dims.sample_bins_offset(), bin_count);
@@ -271,7 +272,7 @@ pub(super) fn publish<M: Machine>(
 ) {
     let time_ns = worker.machine.now_ns();
     let output = Output { kind: kind as u32, slot, position, value, time_ns };
-    let ring = worker.header.mailbox + offset_of!(Mailbox, outputs) as u64;
+    let ring = worker.header().mailbox + offset_of!(Mailbox, outputs) as u64;
     // SAFETY: the ring is part of the mailbox; the host does not read records past `output_tail`.
     let outputs: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };
     let tail_word = worker.mailbox_word(offset_of!(Mailbox, output_tail));

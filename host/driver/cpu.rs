@@ -41,6 +41,7 @@ impl CpuDevice {
             tile_rows_max: SEGMENT_ROWS_MAX,
             shared_bytes: 0,
             packs_weights: false,
+            stamps_values: false,
             host_spins: false,
         };
         let machine = Thread { isa: Isa::detect(), idling: Idling::Park, clock: Instant::now() };

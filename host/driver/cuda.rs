@@ -180,6 +180,7 @@ impl CudaDevice {
                 tile_rows_max: TILE_ROWS_MAX,
                 shared_bytes: gpu.shared_bytes,
                 packs_weights: true,
+                stamps_values: true,
                 host_spins: true,
             },
             gpu,

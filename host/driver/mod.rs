@@ -30,6 +30,8 @@ pub struct Profile {
     pub shared_bytes: u32,
     /// Whether linear tasks want bf16 weights as `shared/packed.rs` describes.
     pub packs_weights: bool,
+    /// Whether workers stamp values (`shared/stamp.rs`).
+    pub stamps_values: bool,
     /// Whether the host may spin while a request runs, without taking the workers' cores.
     pub host_spins: bool,
 }

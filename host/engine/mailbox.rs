@@ -106,9 +106,10 @@ impl Engine {
                 fault.observed,
                 fault.expected
             ),
-            FaultCode::WeightsTimeout => format!(
-                "worker {} waited too long for the weights of `{}` in step {}",
+            FaultCode::WeightsTimeout | FaultCode::ValuesTimeout => format!(
+                "worker {} waited too long for the {} of `{}` in step {}",
                 fault.worker_idx,
+                if code == FaultCode::WeightsTimeout { "weights" } else { "input values" },
                 self.task_name(fault.task_idx),
                 fault.epoch,
             ),

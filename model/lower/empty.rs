@@ -108,6 +108,7 @@ mod tests {
             precision: Precision::Exact,
             tile_bytes: 1 << 20,
             tile_rows_max: 512,
+            is_stamped: false,
         };
         lower_empty(&config, &options, &EmptyShape { stage_count, stage_tasks }).unwrap()
     }

@@ -22,6 +22,7 @@ fn options(worker_count: u32, tile_bytes: u64) -> LowerOptions {
         precision: Precision::Exact,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
+        is_stamped: false,
     }
 }
 

@@ -49,6 +49,39 @@ pub enum ValidateError {
         /// The most allowed.
         limit: u64,
     },
+    /// A task relies on an event that says no more than that values will come, see
+    /// `Task::is_announced`.
+    #[error("task `{task}` waits for event {event}, whose tasks are announced, and not for values")]
+    Announced {
+        /// The task.
+        task: String,
+        /// The event.
+        event: u32,
+    },
+    /// A task says that what it adds to is of another stage than any can be.
+    #[error("task `{task}` adds to what event {age} before its own has left")]
+    ResidualAge {
+        /// The task.
+        task: String,
+        /// How many events before.
+        age: u32,
+    },
+    /// A task looks for the stamp of another stage than the one that has written last.
+    #[error(
+        "task `{task}` expects {region} {at} of event {expected}, but `{writer}` has written it"
+    )]
+    Stamp {
+        /// The task.
+        task: String,
+        /// The region.
+        region: Region,
+        /// The place in it.
+        at: u64,
+        /// The event it expects.
+        expected: u32,
+        /// The last writer.
+        writer: String,
+    },
     /// Two tasks share a prologue key but not the prologue, or not the moment it is valid at.
     #[error("tasks `{task}` and `{other}` share a prologue key but not the prologue")]
     PrologueKey {

@@ -10,6 +10,7 @@ use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use super::access::{Access, REGION_KINDS, Region};
 use super::error::ValidateError;
 use super::order::Order;
+use super::stamps;
 use crate::lower::Program;
 
 /// No group yet.
@@ -217,6 +218,15 @@ impl<'a> Memory<'a> {
                 let event = |group_idx: u32| {
                     self.order.stages[groups[group_idx as usize].stage as usize].signal
                 };
+                let reader = &self.order.stages[*stage as usize];
+                if let Some(expected) = stamps::expected(self.program, reader, region)
+                    && newest.is_none()
+                    && event(writer) != Some(expected)
+                {
+                    let writer = task_at(&groups[writer as usize].writes, at);
+                    let (task, writer) = (self.name(task_at(&group.reads, at)), self.name(writer));
+                    return Err(ValidateError::Stamp { task, region, at, expected, writer });
+                }
                 match newest {
                     Some(first) if event(first) != event(writer) => {
                         let task_idx = task_at(&group.reads, at);

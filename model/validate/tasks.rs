@@ -175,7 +175,9 @@ impl<'a> Checker<'a> {
         if !args.in_dim.is_multiple_of(8) {
             return Err(Defect::Segments("in_dim is not a multiple of 8"));
         }
-        let is_plain = !args.format.is_blocked() && args.precision == Precision::Exact;
+        let is_plain = !args.format.is_blocked()
+            && args.precision == Precision::Exact
+            && self.dims.is_stamped == 0;
         if args.prologue != Prologue::None || !is_plain {
             within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         }

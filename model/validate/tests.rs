@@ -41,6 +41,7 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
         precision: Precision::Exact,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
+        is_stamped: false,
     };
     lower(&ModelConfig::parse(&json).unwrap(), &options).unwrap()
 }

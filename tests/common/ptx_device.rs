@@ -88,6 +88,7 @@ impl PtxDevice {
             tile_rows_max: TILE_ROWS_MAX,
             shared_bytes: options.shared_bytes,
             packs_weights: true,
+            stamps_values: true,
             host_spins: false,
         };
         let report = Arc::new(Mutex::new(Report::default()));
@@ -203,7 +204,7 @@ impl Device for PtxDevice {
             for pair in regions.windows(2) {
                 let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
                 vm.name_range(heap + first, end - first, name).map_err(wrap)?;
-                if matches!(name, "sequences" | "events") {
+                if matches!(name, "sequences" | "events" | "stamped") {
                     vm.fill(heap + first, 0, end - first).map_err(wrap)?;
                 }
             }

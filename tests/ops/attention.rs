@@ -237,6 +237,7 @@ fn run(rig: &Rig, has_norm: bool, part_count: u32) -> Vec<u32> {
                 splits: plan.splits,
                 query_norm: norm(0),
                 key_norm: norm(1),
+                is_announced: false,
             };
             args.pack()
         };

@@ -262,6 +262,8 @@ fn check(rig: &Rig, case: &Case) -> Vec<u32> {
         token_rows: case.token_rows,
         format: case.format,
         precision: case.precision,
+        residual_age: 0,
+        is_announced: false,
         in_dim: case.in_dim,
         x_stride: case.in_dim,
         y_stride: 40,

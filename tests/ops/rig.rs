@@ -114,14 +114,8 @@ pub(crate) fn dims(hidden_dim: u32, heads: [u32; 3], context_max: u32) -> Dims {
         task_rows_max: 64,
         prologue_dim_max: hidden_dim.max(head_count * head_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
-        kv: KvGeometry {
-            layer_count: 2,
-            slot_count: 3,
-            kv_head_count,
-            context_max,
-            head_dim,
-            reserved: 0,
-        },
+        is_stamped: 0,
+        kv: KvGeometry { layer_count: 2, slot_count: 3, kv_head_count, context_max, head_dim },
     }
 }
 

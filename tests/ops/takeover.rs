@@ -26,6 +26,8 @@ fn linear(rig: &Rig, weights: &Memory) -> Task {
         token_rows: TokenRows::All,
         format: WeightFormat::F32,
         precision: Precision::Exact,
+        residual_age: 0,
+        is_announced: false,
         in_dim: DIM as u32,
         x_stride: DIM as u32,
         y_stride: 40,

@@ -137,7 +137,8 @@ fn a_stalled_worker_is_named_with_what_it_waits_for() {
     let error = output.err().expect("the run cannot end");
     let message = error.to_string();
     println!("{message}");
-    assert!(message.contains("worker 0 waited too long before `layer 0"), "{message}");
+    let waited = "worker 0 waited too long for the input values of `layer 0";
+    assert!(message.contains(waited), "{message}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Mistakes planted in the PTX and in the program: each is found, with its task, op and line.
 
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
+use tilert_mk_shared::task::{Epilogue, LinearArgs, Opcode, Prologue, Task};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUT_BYTES_MIN, PAGE_BYTES, PAGE_COUNT_MIN, ring};
 
 use super::ptx_device::{PtxDevice, PtxOptions};
@@ -41,8 +41,12 @@ const UNWRITTEN: &[&str] = &["UninitialisedMemory"];
 const EARLY: &[&str] = &["DataRace", "UninitialisedMemory"];
 /// Nothing goes on; what notices first depends on who waits.
 const STUCK: &[&str] = &["NoProgress", FAULT];
-/// How weights that do not arrive are found: the block ends itself after it has told of them.
+/// How weights or values that do not arrive are found: the block ends itself after it has told of them.
 const OVERDUE: &[&str] = &["Trap"];
+/// Barriers that some warps pass too soon, or that wait for other warps than some expect.
+const UNEQUAL: &[&str] = &["DataRace", "UninitialisedMemory", "Barrier"];
+/// A row that two tasks store and one that none does.
+const MISSING: &[&str] = &["DataRace", "UninitialisedMemory", "Trap"];
 /// A barrier whose phases come too soon: what they guard races, or its two sides no longer meet.
 const OUT_OF_STEP: &[&str] = &["DataRace", "NoProgress", "Barrier", FAULT];
 /// How a fault record's message begins. It has no line.
@@ -67,7 +71,7 @@ const ORDER: [Planted; 10] = [
 
 const BARRIERS: [Planted; 6] = [
     planted("dropped barriers", Text(no_barriers), EARLY),
-    planted("barriers that do not wait for a warp", Text(smaller_barriers), EARLY),
+    planted("barriers that do not wait for a warp", Text(smaller_barriers), UNEQUAL),
     planted("a shuffle without its first lane", Text(fewer_members), &["WarpSync"]),
     planted("input rows that are not stored", Statement("st.shared.v2.u32", "//"), UNWRITTEN),
     planted("partial sums that are not stored", Statement("st.shared.f32", "//"), UNWRITTEN),
@@ -95,7 +99,7 @@ const COPIES: [Planted; 10] = [
     older("rows that are copied to odd places", Text(odd_copies), &["Misaligned"]),
 ];
 
-const VALUES: [Planted; 7] = [
+const VALUES: [Planted; 12] = [
     planted("a load of four words from an odd place", Text(odd_loads), &["Misaligned"]),
     planted("a tail without its guard", Text(no_guard), &["OutOfBounds"]),
     planted(
@@ -103,10 +107,23 @@ const VALUES: [Planted; 7] = [
         Statement("ld.global.v4.f32", "ld.global.nc.v4.f32"),
         &["BadAccess"],
     ),
-    planted("thresholds that are one too low", Tasks(low_thresholds), EARLY),
+    planted("thresholds of one arrival", Tasks(low_thresholds), EARLY),
     planted("a threshold that is one too high", Tasks(high_threshold), STUCK),
+    planted("a hint that does not come", Tasks(high_hint), OVERDUE),
+    planted("residuals of another stage", Tasks(older_residuals), OVERDUE),
+    planted(
+        "values that are stored in words without order",
+        Statement("st.relaxed.gpu.global.b64", "st.global.b64"),
+        RACE,
+    ),
+    planted(
+        "values that are read in words without order",
+        Statement("ld.relaxed.gpu.global.v2.b64", "ld.global.v2.b64"),
+        RACE,
+    ),
+    planted("values that are not stored", Statement("st.relaxed.gpu.global.b64", "//"), OVERDUE),
     planted("a tile whose rows are too long", Tasks(longer_rows), &["OutOfBounds"]),
-    planted("tiles that overlap by a row", Tasks(overlapping_tiles), EARLY),
+    planted("tiles that overlap by a row", Tasks(overlapping_tiles), MISSING),
 ];
 
 /// The loop of the kernel.
@@ -276,14 +293,32 @@ fn no_guard(text: &str) -> String {
 }
 
 fn low_thresholds(tasks: &mut [Task]) {
-    for task in tasks.iter_mut().filter(|task| task.wait_count > 1) {
-        task.wait_count -= 1;
+    for task in tasks {
+        task.wait_count = task.wait_count.min(1);
     }
 }
 
 fn high_threshold(tasks: &mut [Task]) {
-    let attention = |task: &&mut Task| task.opcode == Opcode::Attention as u16;
-    tasks.iter_mut().find(attention).expect("there is attention").wait_count += 1;
+    let sample = |task: &&mut Task| task.opcode == Opcode::Sample as u16;
+    tasks.iter_mut().find(sample).expect("tokens are sampled").wait_count += 1;
+}
+
+/// The hint for which output projections wait, before they look at values, never comes.
+fn high_hint(tasks: &mut [Task]) {
+    let merges = |task: &&mut Task| {
+        task.opcode == Opcode::Linear as u16
+            && LinearArgs::unpack(task).prologue == Prologue::MergeSplits
+    };
+    tasks.iter_mut().find(merges).expect("splits are merged").wait_count += 1;
+}
+
+/// Residuals are looked for with the stamp of another stage than the one that has left them.
+fn older_residuals(tasks: &mut [Task]) {
+    for task in tasks.iter_mut().filter(|task| task.opcode == Opcode::Linear as u16) {
+        let mut args = LinearArgs::unpack(task);
+        args.residual_age += u32::from(args.epilogue == Epilogue::AddResidual);
+        task.flags = args.pack().flags;
+    }
 }
 
 /// Columns after the last ones of the last matrix.

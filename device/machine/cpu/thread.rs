@@ -11,7 +11,6 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use super::{InputForm, Isa, Matrix, blocks};
 use crate::machine::memory::Span;
 use crate::machine::{Attention, Finish, Machine, Rows};
-use crate::worker::Stopped;
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
@@ -71,6 +70,8 @@ impl Thread {
 
 impl Machine for Thread {
     const IS_STEALABLE: bool = true;
+
+    type NormAhead = ();
 
     #[inline(always)]
     fn lane_idx(&self) -> usize {
@@ -167,6 +168,7 @@ impl Machine for Thread {
         weight: Span<f32>,
         eps: f32,
         out: Rows,
+        _ahead: (),
     ) {
         for row in 0..count {
             let (x, out) = (from(row), out.row(row, weight.len()));
@@ -252,12 +254,7 @@ impl Machine for Thread {
         }
     }
 
-    fn attend(
-        &self,
-        attention: &Attention,
-        ready: impl Fn() -> Result<(), Stopped>,
-    ) -> Result<(), Stopped> {
-        ready()?;
+    fn attend(&self, attention: &Attention) {
         let Attention { head_dim: dim, query_count, position, .. } = *attention;
         if attention_split(position) % attention.part_count == attention.part_idx {
             let row = position as usize * dim;
@@ -289,7 +286,6 @@ impl Machine for Thread {
                 Rows { values: out, stride },
             );
         }
-        Ok(())
     }
 
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {

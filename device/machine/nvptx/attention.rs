@@ -26,10 +26,8 @@ use self::scan::{KEYS_AHEAD, VALUES_AHEAD, leave, leave_scores, scan};
 use super::barrier::{sync_compute, sync_warp};
 use super::block::{Block, near};
 use super::memory::{Quad, load_shared};
-use super::{divide, fma, rsqrt, sreg, warp};
-use crate::machine::memory::Span;
+use super::{divide, fma, rsqrt, sreg, stamped, warp};
 use crate::machine::{Attention, Machine};
-use crate::worker::Stopped;
 
 const _: () = assert!(HEAD_DIM_MAX <= 2 * 4 * KEY_STEP);
 const _: () = assert!(ATTENTION_QUERIES == 4 && 4 * 2 * 2 * KEY_STEP <= ATTENTION_VALUES);
@@ -64,16 +62,12 @@ impl Heads {
 
 /// See `Machine::attend`: `D` loads of a lane for each key, `B` keys and `Q` queries at once.
 #[inline(always)]
-pub fn attend(
-    block: &Block,
-    attention: &Attention,
-    ready: impl Fn() -> Result<(), Stopped>,
-) -> Result<(), Stopped> {
+pub fn attend(block: &Block, attention: &Attention) {
     match block.kind.heads {
-        Heads::Short => attend_splits::<2, 2, 4>(block, attention, ready),
-        Heads::Pairs => attend_splits::<4, 2, 2>(block, attention, ready),
-        Heads::Middle => attend_splits::<4, 1, 4>(block, attention, ready),
-        Heads::Long => attend_splits::<8, 1, 2>(block, attention, ready),
+        Heads::Short => attend_splits::<2, 2, 4>(block, attention),
+        Heads::Pairs => attend_splits::<4, 2, 2>(block, attention),
+        Heads::Middle => attend_splits::<4, 1, 4>(block, attention),
+        Heads::Long => attend_splits::<8, 1, 2>(block, attention),
     }
 }
 
@@ -82,8 +76,7 @@ pub fn attend(
 fn attend_splits<const D: usize, const B: usize, const Q: usize>(
     block: &Block,
     attention: &Attention,
-    ready: impl Fn() -> Result<(), Stopped>,
-) -> Result<(), Stopped> {
+) {
     let lane = Lane::new(block, attention);
     Places::keep(&lane, attention);
     let (mut split, mut is_begun) = (attention.part_idx, false);
@@ -105,9 +98,8 @@ fn attend_splits<const D: usize, const B: usize, const Q: usize>(
             if D <= VALUES_AHEAD {
                 values = lane.take(attention, attention.values, first);
             }
-            ready()?;
             if first + lane.first::<B>() <= attention.position {
-                rotate::<D, B, Q>(&lane, attention, &pass);
+                rotate::<D, B, Q>(block, &lane, attention, &pass);
                 let state = scan::<D, B, Q>(block, &lane, attention, &pass, keys, values);
                 leave::<D, B, Q>(&lane, state);
             } else {
@@ -119,7 +111,6 @@ fn attend_splits<const D: usize, const B: usize, const Q: usize>(
         }
         split += Places::numbers(&lane.again()).part_count;
     }
-    Ok(())
 }
 
 /// What is done at once: `Q` queries from `query` on, and a split.
@@ -132,6 +123,7 @@ struct Pass {
 /// appends the token's key and value if the warp has its position.
 #[inline(always)]
 fn rotate<const D: usize, const B: usize, const Q: usize>(
+    block: &Block,
     lane: &Lane,
     attention: &Attention,
     pass: &Pass,
@@ -144,26 +136,36 @@ fn rotate<const D: usize, const B: usize, const Q: usize>(
     let appends = pass.query == 0 && lane.has_own::<B>(attention, pass);
     // Everything is requested before the first value is needed, if there are registers for it.
     let [queries, query_norm] = Places::Queries.get(lane);
-    let mut quads = lane.row::<D>(queries + u64::from(head) * 4);
     let turns = lane.turns::<D>();
     let ([own_key, own_value], [key_norm, _]) =
         (Places::Own.get(lane), Places::KeyNormAndOut.get(lane));
-    let mut key = [[0.0; 4]; D];
+    let row = queries + u64::from(head) * 4;
+    let stamp = stamped::input_stamp(block, 0);
+    // The token's own key and value.
+    let (mut quads, mut own);
     if appends && D <= VALUES_AHEAD {
-        key = lane.row(own_key);
-        lane.append(attention, attention.values, 1, &lane.row::<D>(own_value));
+        let [row, key, value] = lane.stamped_rows(block, [row, own_key, own_value], stamp);
+        (quads, own) = (row, [key, value]);
+    } else {
+        [quads] = lane.stamped_rows(block, [row], stamp);
+        own = [[[0.0; 4]; D]; 2];
     }
     turn(lane, attention, query_norm, &turns, &mut quads);
     if lane.key() % (KEYS / Q as u32) == 0 {
         lane.keep(lane.sums() + query * dim * 4, &quads);
     }
     if appends {
-        if D > VALUES_AHEAD {
-            lane.append(attention, attention.values, 1, &lane.row::<D>(own_value));
-            key = lane.row(own_key);
+        if D > KEYS_AHEAD {
+            [own[1]] = lane.stamped_rows(block, [own_value], stamp);
+        } else if D > VALUES_AHEAD {
+            own = lane.stamped_rows(block, [own_key, own_value], stamp);
         }
-        turn(lane, attention, key_norm, &turns, &mut key);
-        lane.append(attention, attention.keys, 0, &key);
+        lane.append(attention, attention.values, 1, &own[1]);
+        if D > KEYS_AHEAD {
+            [own[0]] = lane.stamped_rows(block, [own_key], stamp);
+        }
+        turn(lane, attention, key_norm, &turns, &mut own[0]);
+        lane.append(attention, attention.keys, 0, &own[0]);
     }
     sync_warp();
 }
@@ -235,9 +237,11 @@ fn combine<const B: usize, const Q: usize>(
     let dim = 2 * lane.half;
     let [_, out] = Places::KeyNormAndOut.get(lane);
     let row = (pass.query + query) * ATTENTION_SPLIT_MAX + pass.split;
-    // SAFETY: the result of the query, which these warps alone store.
-    let out =
-        unsafe { Span::<f32>::new(out + u64::from(row * split_values) * 4, dim as usize + 2) };
+    let stamp = stamped::output_stamp(block);
+    let leave = |column: u32, value: f32| {
+        let address = out + u64::from(row * split_values + column) * 4;
+        stamped::store(address, value, stamp);
+    };
     let mut column = part * WARP_LANES + lane.lane();
     while column < dim {
         let mut sum = 0.0;
@@ -247,12 +251,12 @@ fn combine<const B: usize, const Q: usize>(
                 sum = fma(near(lane.shared + ATTENTION_SUMS, value), *weight, sum);
             }
         }
-        out.write(column as usize, sum);
+        leave(column, sum);
         column += COMPUTE_WARPS / Q as u32 * WARP_LANES;
     }
     if part == 0 && lane.lane() == 0 {
-        out.write(dim as usize, largest);
-        out.write(dim as usize + 1, total);
+        leave(dim, largest);
+        leave(dim + 1, total);
     }
 }
 

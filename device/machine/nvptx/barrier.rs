@@ -90,13 +90,13 @@ macro_rules! test {
 }
 
 /// Waits until the phase of `parity` is complete; false if it is not within as many nanoseconds as the
-/// word at the shared address `limit` says.
+/// word at offset `LIMIT` of the block's memory says.
 ///
 /// # Safety
-/// `barrier` is an initialised barrier; `limit` is the address of a `u64` that nobody writes.
+/// `barrier` is an initialised barrier; nobody writes the limit, a `u64`.
 #[inline(always)]
 #[expect(named_asm_labels, reason = "PTX labels are local to the braces around them")]
-pub unsafe fn wait(barrier: u32, parity: u32, limit: u32) -> bool {
+pub unsafe fn wait<const LIMIT: u32>(barrier: u32, parity: u32) -> bool {
     let done: u32;
     // One statement: this is in many places, where registers are scarce. The clock is read only if
     // the first test has failed.
@@ -104,12 +104,12 @@ pub unsafe fn wait(barrier: u32, parity: u32, limit: u32) -> bool {
     unsafe {
         asm!("{{ .reg .pred p; .reg .u64 end, now;", "mov.u32 {d}, 1;",
              concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
-             "mov.u64 now, %globaltimer;", "ld.shared.u64 end, [{l}];", "add.u64 end, end, now;",
+             "mov.u64 now, %globaltimer;", "ld.shared.u64 end, [tilert_mk_shared + {l}];", "add.u64 end, end, now;",
              "TEST:", ".pragma \"nounroll\";",
              concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
              "mov.u64 now, %globaltimer;", "setp.lt.u64 p, now, end;", "@p bra TEST;",
              "mov.u32 {d}, 0;", "DONE: }}",
-             d = out(reg32) done, b = in(reg32) barrier, y = in(reg32) parity, l = in(reg32) limit,
+             d = out(reg32) done, b = in(reg32) barrier, y = in(reg32) parity, l = const LIMIT,
              options(nostack));
     }
     done != 0

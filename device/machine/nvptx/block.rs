@@ -3,28 +3,30 @@
 use core::arch::asm;
 use core::cell::Cell;
 use core::mem::offset_of;
+use core::ops::Deref;
 
 use tilert_mk_shared::limits::DECODE_TOKENS_MAX;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, PART_ROWS_MAX, REDUCTION,
-    STEP, TILE_ROWS_MAX, WARP_LANES, WIDE_INPUTS,
+    COMPUTE_LANES, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STEP, WARP_LANES, WIDE_INPUTS,
 };
 
 use super::attention::Heads;
 use super::barrier::sync_compute;
 use super::best::Best;
 use super::compute::Kept;
-use super::inputs::{Layout, put};
-use super::loader::{PageCursor, header};
+use super::header::header;
+use super::inputs::Layout;
+use super::loader::PageCursor;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
-    load_global_early, load_global_pair, load_shared, load_shared_f32, load_shared_word,
-    store_global, store_shared_f32, store_shared_pair, store_shared_word, widen_f16,
+    load_global_pair, load_shared_f32, load_shared_word, store_shared_pair, store_shared_word,
+    widen_f16,
 };
-use super::{attention, best, divide, fma, merge, multiply, ops, rsqrt, sreg, warp};
+use super::rows::NormAhead;
+use super::{attention, best, merge, multiply, ops, sreg, stamped};
 use crate::machine::memory::Span;
 use crate::machine::{Attention, Finish, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
@@ -33,8 +35,6 @@ use crate::worker::{Claim, Stopped, Worker};
 const IDLE_SLEEP_NS: u32 = 200;
 /// Values of one load of a lane.
 pub const QUAD: u32 = 4;
-/// Loads of a lane that are in flight together in a norm.
-const NORM_QUADS: usize = 4;
 /// Loads of a lane that are asked for together when the best value is looked for; as many are under
 /// way meanwhile.
 const BEST_QUADS: usize = 12;
@@ -75,8 +75,8 @@ pub struct Block {
     pub shared: u32,
     /// The kind of tasks.
     pub kind: Kind,
-    /// What `store` adds this lane's first product to, if it adds.
-    old: Cell<f32>,
+    /// What `store` adds this lane's first product to, if it adds: a stamped word.
+    pub old: Cell<u64>,
     /// How the input rows of the task are kept.
     pub layout: Cell<Layout>,
     /// The next page to multiply.
@@ -104,7 +104,7 @@ impl Block {
             thread_idx,
             shared,
             kind,
-            old: Cell::new(0.0),
+            old: Cell::new(0),
             layout: Cell::new(Layout::Far),
             pages,
             slot: Cell::new(0),
@@ -115,7 +115,7 @@ impl Block {
     /// Bytes of the area of input rows, from the first row's place on.
     #[inline(always)]
     fn input_bytes(&self) -> u32 {
-        let bytes = header(self.shared).input_bytes;
+        let bytes = header().input_bytes;
         if self.kind.is_narrow { bytes } else { bytes - (WIDE_INPUTS - INPUTS) }
     }
 
@@ -130,74 +130,12 @@ impl Block {
     pub fn warp_lane(&self) -> u32 {
         self.thread_idx % WARP_LANES
     }
-
-    /// Leaves each warp's sum of `value` for `row`, of at most `GPU_STEP_TOKENS_MAX`; see
-    /// `block_total`.
-    #[inline(always)]
-    fn block_sum(&self, row: usize, value: f32) {
-        let sum = warp::sum(value);
-        if self.warp_lane() == 0 {
-            let index = row as u32 * COMPUTE_WARPS + self.warp_idx();
-            // SAFETY: a value of the reduction area that this warp owns.
-            unsafe { store_shared_f32(self.shared + REDUCTION + index * 4, sum) };
-        }
-    }
-
-    /// Copies rows to where they are kept near; `N` loads of a lane are in flight together.
-    #[inline(always)]
-    fn copy_rows<const N: usize>(&self, from: Rows, count: usize, dim: u32, to: Rows) {
-        for row in 0..count as u32 {
-            let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
-            let mut base = self.thread_idx * QUAD;
-            while base < dim {
-                let quads = read_quads::<N>(source, base, dim, false);
-                for (step, quad) in (0u32..).zip(&quads) {
-                    if base + step * TURN < dim {
-                        put(self.shared, self.layout.get(), &to, row, base + step * TURN, *quad);
-                    }
-                }
-                base += N as u32 * TURN;
-            }
-        }
-    }
-
-    /// Token and column of this lane's product, of at most `PART_ROWS_MAX` tokens.
-    #[inline(always)]
-    fn item(&self, finish: &Finish) -> Option<(u32, u32)> {
-        const { assert!(PART_ROWS_MAX == 2 && PART_ROWS_MAX * TILE_ROWS_MAX <= COMPUTE_LANES) };
-        let len = finish.len as u32;
-        let token = u32::from(self.thread_idx >= len);
-        let is_there = self.thread_idx < len * finish.count as u32;
-        is_there.then_some((token, self.thread_idx - token * len))
-    }
-
-    /// Finishes one product.
-    #[inline(always)]
-    fn finish(&self, finish: &Finish, token: usize, column: usize, out: Span<f32>, old: f32) {
-        let product = |row: usize, bias: Span<f32>| {
-            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
-            if bias.is_empty() { sum } else { sum + bias.read(column) }
-        };
-        let mut value = product(finish.first + column, finish.bias);
-        if finish.is_gated {
-            let up = product(finish.first + finish.len + column, finish.up_bias);
-            value = divide(value, 1.0 + self.exp(-value)) * up;
-        }
-        out.write(column, if finish.adds { old + value } else { value });
-    }
-
-    /// The sum of what `block_sum` left for `row`, in the order of the warps; after `sync`.
-    #[inline(always)]
-    fn block_total(&self, row: usize) -> f32 {
-        let first = self.shared + REDUCTION + row as u32 * COMPUTE_WARPS * 4;
-        // SAFETY: eight values of the reduction area; `sync` has ordered their stores.
-        let (a, b) = unsafe { (load_shared(first), load_shared(first + 16)) };
-        a[0] + a[1] + a[2] + a[3] + b[0] + b[1] + b[2] + b[3]
-    }
 }
 
 impl Machine for Block {
     const IS_STEALABLE: bool = false;
+    const HAS_STAMPS: bool = true;
+    type NormAhead = NormAhead;
 
     #[inline(always)]
     fn lane_idx(&self) -> usize {
@@ -207,6 +145,11 @@ impl Machine for Block {
     #[inline(always)]
     fn lane_count(&self) -> usize {
         COMPUTE_LANES as usize
+    }
+
+    #[inline(always)]
+    fn header<'a>(&self, _bound: &'a ProgramHeader) -> impl Deref<Target = ProgramHeader> + 'a {
+        header()
     }
 
     #[inline(always)]
@@ -319,73 +262,37 @@ impl Machine for Block {
         to: Rows,
         is_kept: bool,
     ) -> Rows {
-        if self.layout.get() == Layout::Far {
-            return from;
-        }
         if is_kept {
             return to;
         }
-        if self.kind.is_narrow {
-            self.copy_rows::<8>(from, count, dim as u32, to);
-        } else {
-            self.copy_rows::<2>(from, count, dim as u32, to);
-        }
+        self.copy_rows(from, count, dim as u32, to);
         sync_compute();
         to
     }
 
+    /// Rows times weights; what they are divided by follows in `finish`, from sums that stay in the
+    /// reduction area as long as the rows are kept.
     #[inline(always)]
     fn rms_norm(
         &self,
         from: impl Fn(usize) -> Span<f32>,
         count: usize,
         weight: Span<f32>,
-        eps: f32,
+        _eps: f32,
         out: Rows,
+        ahead: NormAhead,
     ) {
-        let (dim, layout) = (weight.len() as u32, self.layout.get());
-        let first = self.thread_idx * QUAD;
-        let mut quads = [[0.0; QUAD as usize]; NORM_QUADS];
-        for row in 0..count {
-            let (mut sum, mut base) = (0.0, first);
-            while base < dim {
-                quads = read_quads(from(row).address(), base, dim, false);
-                for quad in &quads {
-                    for value in quad {
-                        sum = fma(*value, *value, sum);
-                    }
-                }
-                base += NORM_QUADS as u32 * TURN;
-            }
-            self.block_sum(row, sum);
-        }
-        // A row that is alone and short is still in registers.
-        let is_kept = count == 1 && dim <= NORM_QUADS as u32 * TURN;
-        let (mut base, mut is_ordered) = (first, false);
-        while base < dim || !is_ordered {
-            // The first weights arrive while the block waits for the sums.
-            let weights: [Quad; NORM_QUADS] = read_quads(weight.address(), base, dim, true);
-            if !is_ordered {
-                sync_compute();
-                is_ordered = true;
-            }
-            for row in 0..count {
-                if !is_kept {
-                    quads = read_quads(from(row).address(), base, dim, false);
-                }
-                let scale = rsqrt(divide(self.block_total(row), dim as f32) + eps);
-                for step in 0..NORM_QUADS {
-                    let (quad, weight) = (quads[step], weights[step]);
-                    let column = base + step as u32 * TURN;
-                    if column < dim {
-                        let values = core::array::from_fn(|idx| quad[idx] * scale * weight[idx]);
-                        put(self.shared, layout, &out, row as u32, column, values);
-                    }
-                }
-            }
-            base += NORM_QUADS as u32 * TURN;
+        if self.kind.is_narrow {
+            self.weigh_rows::<1>(from, count, weight, out, ahead);
+        } else {
+            self.weigh_rows::<2>(from, count, weight, out, ahead);
         }
         sync_compute();
+    }
+
+    #[inline(always)]
+    fn norm_ahead(&self, first_row: Span<f32>, weight: Span<f32>) -> NormAhead {
+        self.weights_ahead(first_row, weight)
     }
 
     #[inline(always)]
@@ -398,39 +305,14 @@ impl Machine for Block {
         multiply::discard(self, task);
     }
 
-    /// With few rows each lane has at most one product: it asks for what that is added to.
     #[inline(always)]
     fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        if !self.kind.is_narrow || !finish.adds {
-            return;
-        }
-        if let Some((token, column)) = self.item(finish) {
-            let address = out(token as usize).address() + u64::from(column) * 4;
-            // SAFETY: a value of the output that this lane alone will change. The statement keeps
-            // the load here, well before its value is needed.
-            self.old.set(unsafe { load_global_early(address) });
-        }
+        self.expect_residual(finish, out);
     }
 
     #[inline(always)]
     fn store(&self, _products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        if self.kind.is_narrow {
-            if let Some((token, column)) = self.item(finish) {
-                let out = out(token as usize);
-                let old = if finish.adds { self.old.get() } else { 0.0 };
-                self.finish(finish, token as usize, column as usize, out, old);
-            }
-            return;
-        }
-        // As in `for_each`, but the lane's index is read again: registers are scarce in `multiply`.
-        let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
-        while index < finish.count as u32 * columns {
-            let (token, column) = (index / columns, (index % columns) as usize);
-            let out = out(token as usize);
-            let old = if finish.adds { out.read(column) } else { 0.0 };
-            self.finish(finish, token as usize, column, out, old);
-            index += COMPUTE_LANES;
-        }
+        self.store_finished(finish, out);
     }
 
     #[inline(always)]
@@ -444,31 +326,27 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn attend(
-        &self,
-        attention: &Attention,
-        ready: impl Fn() -> Result<(), Stopped>,
-    ) -> Result<(), Stopped> {
-        attention::attend(self, attention, ready)
+    fn attend(&self, attention: &Attention) {
+        attention::attend(self, attention);
     }
 
     #[inline(always)]
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>) {
         let start = address + first * format.value_bytes();
+        let stamp = stamped::output_stamp(self);
         let mut column = self.thread_idx as usize * 8;
         while column < out.len() {
             let from = start + column as u64 * format.value_bytes();
             let to = out.address() + column as u64 * 4;
-            // SAFETY: rows are multiples of 8 values and of 16 bytes; the host has bound the table;
-            // this lane alone writes these values.
-            unsafe {
-                let (low, high) = match format {
+            // SAFETY: rows are multiples of 8 values and of 16 bytes; the host has bound the table.
+            let (low, high) = unsafe {
+                match format {
                     WeightFormat::F32 => (load_constant(from), load_constant(from + 16)),
                     _ => widen_words(format, load_constant_words(from)),
-                };
-                store_global(to, low);
-                store_global(to + 16, high);
-            }
+                }
+            };
+            stamped::store_quad(to, low, stamp);
+            stamped::store_quad(to + 16, high, stamp);
             column += 8 * COMPUTE_LANES as usize;
         }
     }
@@ -548,7 +426,12 @@ fn exp2(x: f32) -> f32 {
 /// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the
 /// computing lanes; zeros past the end. All loads are in flight together.
 #[inline(always)]
-fn read_quads<const N: usize>(address: u64, base: u32, dim: u32, is_constant: bool) -> [Quad; N] {
+pub fn read_quads<const N: usize>(
+    address: u64,
+    base: u32,
+    dim: u32,
+    is_constant: bool,
+) -> [Quad; N] {
     let mut quads = [[0.0; QUAD as usize]; N];
     let address = address + u64::from(base) * 4;
     for (step, quad) in (0u32..).zip(&mut quads) {

@@ -5,7 +5,8 @@
 //! a copy for each warp, and is read again in every turn.
 
 use tilert_mk_shared::event::EventId;
-use tilert_mk_shared::task::{Opcode, Task};
+use tilert_mk_shared::fault::FaultCode;
+use tilert_mk_shared::task::Task;
 use tilert_mk_shared::tile::{
     LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_SLOT_BYTES,
     TASK_SLOTS, TASK_WORD, WARP_LANES,
@@ -75,9 +76,7 @@ fn turn() -> bool {
     }
     let now_ns = worker.trace_ns();
     let claim = Claim::new(task, task_idx, epoch);
-    // Attention begins before its input is ready, and waits itself, if the step has begun.
-    let is_early = task.opcode == Opcode::Attention as u16 && progress.kept_epoch == epoch;
-    if !is_early && worker.wait(&claim, || false).is_err() {
+    if worker.wait(&claim, || false).is_err() {
         return false;
     }
     worker.start(&claim, now_ns, now_ns);
@@ -126,7 +125,19 @@ fn finish() {
 /// Leaves a fault record about weights, or a task, that do not arrive, and ends the kernel.
 #[cold]
 #[inline(never)]
-pub fn overdue() -> ! {
+pub fn weights_overdue() -> ! {
+    overdue(FaultCode::WeightsTimeout)
+}
+
+/// The same about values of the step.
+#[cold]
+#[inline(never)]
+pub fn values_overdue() -> ! {
+    overdue(FaultCode::ValuesTimeout)
+}
+
+#[inline(always)]
+fn overdue(code: FaultCode) -> ! {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     // SAFETY: words of the block's memory, which `init` and `run` have written.
     let (task_idx, epoch) =
@@ -136,7 +147,7 @@ pub fn overdue() -> ! {
     let worker = unsafe {
         Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
     };
-    worker.miss_weights(task_idx, epoch);
+    worker.miss(code, task_idx, epoch);
     sreg::trap()
 }
 
@@ -146,7 +157,7 @@ const TRACE_COUNT: u32 = 12;
 /// See `TRACE_COUNT`.
 const KEPT: u32 = 16;
 /// See `TRACE_COUNT`.
-const SLOT: u32 = 28;
+const SLOT: u32 = 24;
 
 /// Where this warp's words are.
 #[inline(always)]
@@ -173,8 +184,7 @@ fn save(worker: &Worker<Block>, tasks: &RingCursor, slot: u32) {
     barrier::sync_warp();
 }
 
-/// What an op leaves behind for a warp: the prologue whose result the input rows hold, and, if it
-/// waits itself, whether the block stops.
+/// What an op leaves behind for a warp: the prologue whose result the input rows hold.
 pub struct Kept {
     place: u32,
 }
@@ -200,14 +210,6 @@ impl Kept {
         saved(self.place - KEPT).1
     }
 
-    /// Whether the op has ended because the block stops. After `save_stop`.
-    #[inline(always)]
-    pub fn has_stopped(&self) -> bool {
-        barrier::sync_warp();
-        // SAFETY: this warp's word.
-        unsafe { load_shared_word(self.place + 8) != 0 }
-    }
-
     /// Leaves the prologue. Called by all lanes.
     #[inline(always)]
     pub fn save_prologue(&self, block: &Block, prologue: u64) {
@@ -217,16 +219,7 @@ impl Kept {
             unsafe { store_shared_pair(self.place, [prologue as u32, (prologue >> 32) as u32]) };
         }
     }
-
-    /// Leaves whether the block stops. Called by all lanes.
-    #[inline(always)]
-    pub fn save_stop(&self, block: &Block, has_stopped: bool) {
-        barrier::sync_warp();
-        if block.warp_lane() == 0 {
-            // SAFETY: this warp's word, which its lanes have read after the last op that wrote it.
-            unsafe { store_shared_word(self.place + 8, has_stopped.into()) };
-        }
-    }
 }
 
-const _: () = assert!(SLOT + 4 <= PROGRESS_BYTES && PROGRESS.is_multiple_of(16));
+// The warp's deadline is at the end of its words, see `stamped.rs`.
+const _: () = assert!(SLOT + 4 <= PROGRESS_BYTES - 8 && PROGRESS.is_multiple_of(16));

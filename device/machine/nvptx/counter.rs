@@ -74,6 +74,16 @@ impl EventCounter {
                  v = in(reg32) arrivals, options(nostack));
         }
     }
+
+    /// The same, in no order with anything else.
+    #[inline(always)]
+    pub fn add_relaxed(&self, arrivals: u32) {
+        // SAFETY: `self` is an aligned word of global memory.
+        unsafe {
+            asm!("red.relaxed.gpu.global.add.u32 [{p}], {v};", p = in(reg64) self.0.get(),
+                 v = in(reg32) arrivals, options(nostack));
+        }
+    }
 }
 
 impl HostCounter {

@@ -49,7 +49,7 @@ impl Feed {
     /// The begin of the worker's queue.
     #[inline(always)]
     pub fn new(worker: &Worker<Block>, lane: u32) -> Feed {
-        let (span, header) = (worker.span(worker.worker_idx), worker.header);
+        let (span, header) = (worker.span(worker.worker_idx), worker.header());
         let mut feed = Feed {
             records: header.tasks + u64::from(lane) * WORD_BYTES,
             entries: header.queue_entries + u64::from(span.first + lane) * WORD_BYTES,

@@ -13,9 +13,9 @@ use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, STOP_WORD,
-    TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT, TASK_SLOTS,
-    TASK_WORD, WARP_LANES, page_rows, ring,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, NOTICE_WORD, PAGE_BYTES,
+    STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT,
+    TASK_SLOTS, TASK_WORD, WARP_LANES, page_rows, ring,
 };
 
 use super::block::Block;
@@ -128,8 +128,8 @@ impl RingCursor {
 #[inline(always)]
 fn wait(barrier: u32, parity: u32) {
     // SAFETY: an initialised barrier, and a word of the header.
-    if !unsafe { barrier::wait(barrier, parity, super::memory::shared_base() + LIMIT) } {
-        super::compute::overdue();
+    if !unsafe { barrier::wait::<LIMIT>(barrier, parity) } {
+        super::compute::weights_overdue();
     }
 }
 
@@ -253,6 +253,7 @@ pub fn init(shared: u32, page_count: u32) {
     unsafe {
         store_shared_word(shared + STOP_WORD, 0);
         store_shared_word(shared + TASK_WORD, 0);
+        store_shared_word(shared + NOTICE_WORD, 0);
     }
     barrier::fence_init();
 }
@@ -279,7 +280,7 @@ pub fn load(worker: &Worker<Block>) {
         let args = LinearArgs::unpack(task);
         let is_packed = is_linear && args.format == WeightFormat::Bf16;
         if is_packed && lane == 0 {
-            Digest::new(&args, worker.header.input_bytes).write(slot);
+            Digest::new(&args, worker.header().input_bytes).write(slot);
         }
         if lane == 0 {
             // SAFETY: an initialised barrier.
@@ -311,11 +312,11 @@ pub fn load(worker: &Worker<Block>) {
 fn request_norm(worker: &Worker<Block>, lane: u32, task: &Task) {
     let args = LinearArgs::unpack(task);
     if args.norm_weight != 0 {
-        let mut line = lane * worker.header.worker_count + worker.worker_idx;
+        let mut line = lane * worker.header().worker_count + worker.worker_idx;
         while line * LINE_BYTES < args.in_dim * 4 {
             // SAFETY: a line of the norm's weight, which the host has bound.
             unsafe { copy::request(args.norm_weight + u64::from(line * LINE_BYTES)) };
-            line += WARP_LANES * worker.header.worker_count;
+            line += WARP_LANES * worker.header().worker_count;
         }
     }
 }

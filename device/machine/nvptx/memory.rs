@@ -172,21 +172,6 @@ pub unsafe fn load_global_pair(address: u64) -> [f32; 2] {
     [a, b]
 }
 
-/// One value of global memory that will be needed later: the load stays where it is.
-///
-/// # Safety
-/// The address is a multiple of 4 and valid, and no thread writes there meanwhile.
-#[inline(always)]
-pub unsafe fn load_global_early(address: u64) -> f32 {
-    let value: f32;
-    // SAFETY: by this function's contract.
-    unsafe {
-        asm!("ld.global.f32 {v}, [{p}];", v = out(reg32) value, p = in(reg64) address,
-             options(nostack));
-    }
-    value
-}
-
 /// One value of shared memory.
 ///
 /// # Safety

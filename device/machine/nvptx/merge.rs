@@ -4,13 +4,17 @@ use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::Dims;
 
 use super::block::{Block, QUAD, TURN};
+use super::header::header;
 use super::inputs::put;
-use super::memory::{Quad, load_global, load_global_pair};
+use super::memory::Quad;
+use super::stamped::{self, Looks};
 use super::{divide, fma};
 use crate::machine::{Machine, Rows};
 
+/// The score of a split without positions.
+const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
 /// Splits of a head whose loads are in flight together.
-const SPLITS_AHEAD: usize = 4;
+const SPLITS_AHEAD: usize = 2;
 
 /// Merges the splits of all heads into a row; `N` merges of a lane are under way together.
 #[inline(always)]
@@ -24,7 +28,9 @@ pub fn merge_heads<const N: usize>(
 ) {
     let dim = dims.kv.head_dim;
     let (pitch, len) = (dims.split_values() * 4, dims.head_count * dim);
-    let mut base = block.thread_idx * QUAD;
+    let stamp = stamped::input_stamp(block, 0);
+    let start = block.thread_idx * QUAD;
+    let mut base = start;
     while base < len {
         let mut merges: [Merge; N] = core::array::from_fn(|step| {
             // Past the end the first head is merged and left alone.
@@ -35,7 +41,13 @@ pub fn merge_heads<const N: usize>(
         });
         let mut first = 0;
         while first < count {
-            let requested = merges.map(|merge| merge.request(first, count, pitch));
+            let is_begin = row == 0 && first == 0 && base == start;
+            let looks = if is_begin { Looks::AfterHint } else { Looks::AtOnce };
+            let requested = stamped::wait(block, looks, || {
+                let words = merges.map(|merge| merge.request(first, count, pitch, stamp));
+                let difference = stamped::difference(words.as_flattened().as_flattened(), stamp);
+                (words.map(|splits| splits.map(stamped::values)), difference)
+            });
             for (merge, splits) in merges.iter_mut().zip(&requested) {
                 merge.add(block, splits);
             }
@@ -74,29 +86,32 @@ impl Merge {
         Merge { sums, scores, largest: f32::NEG_INFINITY, total: 0.0, merged: [0.0; 4] }
     }
 
-    /// The sums, score and sum of weights of splits from `first` on, which are `pitch` bytes apart;
-    /// nothing past `count`.
+    /// Words of the sums, the score and the sum of weights of splits from `first` on, which are
+    /// `pitch` bytes apart; nothing past `count`.
     #[inline(always)]
-    fn request(&self, first: u32, count: u32, pitch: u32) -> [(Quad, [f32; 2]); SPLITS_AHEAD] {
+    fn request(&self, first: u32, count: u32, pitch: u32, stamp: u32) -> [[u64; 6]; SPLITS_AHEAD] {
         core::array::from_fn(|idx| {
             let split = first + idx as u32;
             if split >= count {
-                return ([0.0; 4], [f32::NEG_INFINITY, 0.0]);
+                let [zero] = stamped::zeros(stamp);
+                return [zero, zero, zero, zero, zero | NOTHING, zero];
             }
-            let offset = u64::from(split * pitch);
-            // SAFETY: what attention has written of a split; heads are multiples of four values.
-            unsafe { (load_global(self.sums + offset), load_global_pair(self.scores + offset)) }
+            let at = |address: u64| stamped::place(&header(), address + u64::from(split * pitch));
+            // SAFETY: places of a split's values; heads are multiples of four values.
+            let ([a, b, c, d], [score, total]) =
+                unsafe { (stamped::load_quad(at(self.sums)), stamped::load_pair(at(self.scores))) };
+            [a, b, c, d, score, total]
         })
     }
 
     /// Adds splits, in their order. The first of all has a score.
     #[inline(always)]
-    fn add(&mut self, block: &Block, splits: &[(Quad, [f32; 2]); SPLITS_AHEAD]) {
-        let largest = splits.iter().fold(self.largest, |largest, split| largest.max(split.1[0]));
+    fn add(&mut self, block: &Block, splits: &[[f32; 6]; SPLITS_AHEAD]) {
+        let largest = splits.iter().fold(self.largest, |largest, split| largest.max(split[4]));
         let keep = block.exp(self.largest - largest);
         (self.largest, self.total) = (largest, self.total * keep);
         self.merged = self.merged.map(|sum| sum * keep);
-        for (sums, [score, weight_sum]) in splits {
+        for [sums @ .., score, weight_sum] in splits {
             let weight = block.exp(score - largest);
             self.total = fma(weight, *weight_sum, self.total);
             for (merged, sum) in self.merged.iter_mut().zip(sums) {

@@ -12,6 +12,8 @@ pub mod copy;
 pub mod counter;
 pub mod digest;
 pub mod feed;
+pub mod finish;
+pub mod header;
 pub mod inputs;
 pub mod kernel;
 pub mod loader;
@@ -19,7 +21,9 @@ pub mod memory;
 pub mod merge;
 pub mod multiply;
 pub mod ops;
+pub mod rows;
 pub mod sreg;
+pub mod stamped;
 pub mod tensor;
 pub mod warp;
 

@@ -5,15 +5,15 @@
 //! a task's slot and finds the rest in special registers and shared memory.
 
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
-use tilert_mk_shared::tile::OP_WORDS;
+use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
 use super::attention::Heads;
 use super::block::{Block, Kind};
 use super::compute::Kept;
 use super::digest::Digest;
 use super::loader::{RECORD_BYTES, header};
-use super::memory::{generic, load_shared_word, shared_base};
-use super::sreg;
+use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
+use super::{sreg, stamped};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Runs the op of the task in the block's slot.
@@ -21,13 +21,8 @@ use crate::worker::{Claim, Progress, Stopped, Worker};
 pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
     match opcode {
-        Opcode::Empty => {}
-        Opcode::Admit => {
-            admit(slot);
-            if Kept::of_warp().has_stopped() {
-                return Err(Stopped);
-            }
-        }
+        Opcode::Empty => return Ok(()),
+        Opcode::Admit => admit(slot),
         Opcode::Embed => embed(slot),
         Opcode::Linear => match LinearArgs::unpack(claim.task).format {
             WeightFormat::F32 => linear_f32(slot),
@@ -37,20 +32,17 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
             // The host does not make such programs for a GPU.
             WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
         },
-        Opcode::Attention => {
-            match Heads::of(&worker.header.dims) {
-                Heads::Short => attention_short(slot),
-                Heads::Pairs => attention_pairs(slot),
-                Heads::Middle => attention(slot),
-                Heads::Long => attention_long(slot),
-            }
-            if Kept::of_warp().has_stopped() {
-                return Err(Stopped);
-            }
-        }
+        Opcode::Attention => match Heads::of(&worker.header().dims) {
+            Heads::Short => attention_short(slot),
+            Heads::Pairs => attention_pairs(slot),
+            Heads::Middle => attention(slot),
+            Heads::Long => attention_long(slot),
+        },
         Opcode::Sample => sample(slot),
     }
-    Ok(())
+    // SAFETY: a word of the block's memory.
+    let has_stopped = unsafe { load_shared_word(shared_base() + NOTICE_WORD) } != 0;
+    if has_stopped { Err(Stopped) } else { Ok(()) }
 }
 
 /// Whether the input rows of the linear task in `slot` are kept as parts.
@@ -70,6 +62,9 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let block = Block::new(sreg::thread_idx(), shared, header, kind, OP_WORDS);
     block.pages.go_to(slot);
     block.slot.set(slot);
+    if block.warp_lane() == 0 {
+        stamped::forget(block.warp_idx());
+    }
     // SAFETY: words of the slot, which is full while the op runs.
     let (task_idx, epoch) = unsafe {
         (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
@@ -78,16 +73,15 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let task = unsafe { &*(generic(slot) as *const Task) };
     // SAFETY: the header is that of the kernel, by the contract of its entry.
     let worker = unsafe {
-        // Attention waits for its input itself.
         let kept = Kept::of_warp();
-        let progress = if opcode == Opcode::Attention { kept.progress() } else { Progress::NONE };
-        let progress = Progress { prologue: kept.prologue(), ..progress };
+        let trace_count = kept.progress().trace_count;
+        let progress = Progress { prologue: kept.prologue(), trace_count, ..Progress::NONE };
         Worker::new(header, sreg::block_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    if matches!(opcode, Opcode::Admit | Opcode::Attention) {
-        // Again: its place is not kept over the op.
-        Kept::of_warp().save_stop(&block, result.is_err());
+    if result.is_err() {
+        // SAFETY: a word of the block's memory.
+        unsafe { store_shared_word(shared_base() + NOTICE_WORD, 1) };
     }
 }
 

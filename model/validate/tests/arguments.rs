@@ -154,10 +154,7 @@ fn buffers_are_not_confused_or_reused_early() {
         swapped("layer 1 gate-up", &|a| a.y = plan.qkv),
         E::Unread { region: Region::Qkv, .. }
     );
-    refused!(
-        swapped("layer 0 down", &|a| a.x = plan.qkv),
-        E::Unread { region: Region::Intermediate, .. }
-    );
+    refused!(swapped("layer 0 down", &|a| a.x = plan.qkv), E::Stamp { region: Region::Qkv, .. });
     // Queries that go where the down projection still reads.
     let early = {
         let mut p = program(&shape, 2, 1 << 11);
@@ -172,6 +169,35 @@ fn buffers_are_not_confused_or_reused_early() {
         validate(&p).unwrap_err()
     };
     refused!(early, E::Race { region: Region::Hidden, .. } | E::OutsideStep { .. });
+}
+
+#[test]
+fn stamps_are_those_of_the_last_writers() {
+    let edited = |stage: &str, edit: &dyn Fn(&mut LinearArgs)| {
+        verdict(|p| {
+            for at in 0..p.tasks.len() {
+                if p.names[at].starts_with(stage) {
+                    edit_linear(&mut p.tasks[at], edit);
+                }
+            }
+        })
+    };
+    refused!(
+        edited("layer 1 output", &|args| args.residual_age += 1),
+        E::Stamp { region: Region::Hidden, .. }
+    );
+    refused!(edited("layer 1 down", &|args| args.residual_age = 0), E::Stamp { .. });
+    refused!(edited("layer 1 qkv", &|args| args.residual_age = 1), E::Stamp { .. });
+    refused!(edited("layer 1 gate-up", &|args| args.residual_age = 2), E::Stamp { .. });
+    refused!(
+        linear_verdict("layer 1 down tile 1", |args| args.residual_age += 1),
+        E::ResidualAge { age: 2, .. }
+    );
+    // Logits are looked at once all of them are there.
+    refused!(edited("head", &|args| args.is_announced = true), E::Announced { .. });
+    // Steps without logits have no values to look at.
+    let last = format!("layer {} down", victim().dims.kv.layer_count - 1);
+    refused!(edited(&last, &|args| args.is_announced = true), E::Announced { .. });
 }
 
 #[test]
@@ -223,7 +249,7 @@ fn sizes_and_opcodes_are_bounded() {
     refused!(
         verdict(|p| {
             let at = at(p);
-            p.tasks[at].flags |= 1 << 9
+            p.tasks[at].flags |= 1 << 13
         }),
         E::Task { defect: Defect::Stray(_), .. }
     );

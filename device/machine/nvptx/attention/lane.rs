@@ -12,10 +12,12 @@ use crate::machine::Attention;
 use crate::machine::memory::Span;
 use crate::machine::nvptx::barrier::sync_warp;
 use crate::machine::nvptx::block::{Block, QUAD};
+use crate::machine::nvptx::header::header;
 use crate::machine::nvptx::memory::{
     Quad, load_global, load_shared, load_shared_words, store_global, store_shared,
 };
-use crate::machine::nvptx::sreg;
+use crate::machine::nvptx::stamped::Looks;
+use crate::machine::nvptx::{sreg, stamped};
 
 /// Lanes that share a key or value.
 pub(super) const KEY_LANES: u32 = 8;
@@ -207,6 +209,31 @@ impl Lane {
             }
         }
         quads
+    }
+
+    /// The lane's quads of rows of stamped values.
+    #[inline(always)]
+    pub(super) fn stamped_rows<const D: usize, const N: usize>(
+        &self,
+        block: &Block,
+        rows: [u64; N],
+        stamp: u32,
+    ) -> [[Quad; D]; N] {
+        let places =
+            rows.map(|row| self.places::<D>(row).map(|address| stamped::place(&header(), address)));
+        stamped::wait(block, Looks::AtOnce, || {
+            let mut words = [[stamped::zeros(stamp); D]; N];
+            for (words, places) in words.iter_mut().zip(&places) {
+                for (d, words) in words.iter_mut().enumerate() {
+                    if self.is_inside::<D>(d) {
+                        // SAFETY: four values of the row; rows are multiples of 8 values.
+                        *words = unsafe { stamped::load_quad(places[d]) };
+                    }
+                }
+            }
+            let seen = words.as_flattened().as_flattened();
+            (words.map(|row| row.map(stamped::values)), stamped::difference(seen, stamp))
+        })
     }
 
     /// The lane's quads of what the block takes of a plane from position `first` on; zeros from the

@@ -1,0 +1,100 @@
+//! What becomes of a task's products.
+
+use tilert_mk_shared::tile::{COMPUTE_LANES, PART_ROWS_MAX, TILE_ROWS_MAX};
+
+use super::block::Block;
+use super::header::header;
+use super::{divide, multiply, rsqrt, sreg, stamped};
+use crate::machine::memory::Span;
+use crate::machine::{Finish, Machine};
+
+impl Block {
+    /// With few rows each lane has at most one product: it asks for what that is added to.
+    #[inline(always)]
+    pub fn expect_residual(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        if !self.kind.is_narrow || !finish.adds {
+            return;
+        }
+        if let Some((token, column)) = self.item(finish) {
+            let address = out(token as usize).address() + u64::from(column) * 4;
+            let place = stamped::place(&header(), address);
+            // SAFETY: a word of the output. The statement keeps the load here, well before its value
+            // is needed.
+            self.old.set(unsafe { stamped::load_word(place) });
+        }
+    }
+
+    /// Finishes and stores products.
+    #[inline(always)]
+    pub fn store_finished(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        if self.kind.is_narrow {
+            if let Some((token, column)) = self.item(finish) {
+                let out = out(token as usize);
+                let old = if finish.adds { self.old(finish, &out, column) } else { 0.0 };
+                self.finish(finish, token as usize, column as usize, out, old);
+            }
+            return;
+        }
+        // As in `for_each`, but the lane's index is read again: registers are scarce in `multiply`.
+        let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
+        while index < finish.count as u32 * columns {
+            let (token, column) = (index / columns, (index % columns) as usize);
+            let out = out(token as usize);
+            let old = if finish.adds { self.residual(finish, &out, column as u32) } else { 0.0 };
+            self.finish(finish, token as usize, column, out, old);
+            index += COMPUTE_LANES;
+        }
+    }
+
+    /// Token and column of this lane's product, of at most `PART_ROWS_MAX` tokens.
+    #[inline(always)]
+    fn item(&self, finish: &Finish) -> Option<(u32, u32)> {
+        const { assert!(PART_ROWS_MAX == 2 && PART_ROWS_MAX * TILE_ROWS_MAX <= COMPUTE_LANES) };
+        let len = finish.len as u32;
+        let token = u32::from(self.thread_idx >= len);
+        let is_there = self.thread_idx < len * finish.count as u32;
+        is_there.then_some((token, self.thread_idx - token * len))
+    }
+
+    /// What is added to the product of a column of `out`.
+    #[inline(always)]
+    fn residual(&self, finish: &Finish, out: &Span<f32>, column: u32) -> f32 {
+        let stamp = stamped::input_stamp(self, finish.residual_age);
+        stamped::value(self, out.address() + u64::from(column) * 4, stamp)
+    }
+
+    /// The same, if `expect` has asked for it.
+    #[inline(always)]
+    fn old(&self, finish: &Finish, out: &Span<f32>, column: u32) -> f32 {
+        let old = self.old.get();
+        if stamped::difference(&[old], stamped::input_stamp(self, finish.residual_age)) == 0 {
+            return f32::from_bits(old as u32);
+        }
+        self.residual(finish, out, column)
+    }
+
+    /// Finishes one product.
+    #[inline(always)]
+    fn finish(&self, finish: &Finish, token: usize, column: usize, out: Span<f32>, old: f32) {
+        let scale = match finish.norm_dim {
+            0 => 1.0,
+            dim => {
+                let mean = divide(self.block_total(token), dim as f32);
+                rsqrt(mean + header().dims.rms_norm_eps)
+            }
+        };
+        let product = |row: usize, bias: Span<f32>| {
+            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
+            let sum = sum * scale;
+            if bias.is_empty() { sum } else { sum + bias.read(column) }
+        };
+        let mut value = product(finish.first + column, finish.bias);
+        if finish.is_gated {
+            let up = product(finish.first + finish.len + column, finish.up_bias);
+            value = divide(value, 1.0 + self.exp(-value)) * up;
+        }
+        let value = if finish.adds { old + value } else { value };
+        let address = out.address() + column as u64 * 4;
+        stamped::store(address, value, stamped::output_stamp(self));
+    }
+}
