@@ -43,14 +43,15 @@ fn matmul(criterion: &mut Criterion) {
     let machine = machine();
     let mut group = criterion.benchmark_group("matmul");
     let formats = [
-        WeightFormat::F32,
-        WeightFormat::F16,
-        WeightFormat::Bf16,
-        WeightFormat::Q8,
-        WeightFormat::Q4,
-        WeightFormat::Fp8,
+        (WeightFormat::F32, Precision::Exact),
+        (WeightFormat::F16, Precision::Exact),
+        (WeightFormat::Bf16, Precision::Exact),
+        (WeightFormat::Bf16, Precision::Bf16),
+        (WeightFormat::Q8, Precision::Exact),
+        (WeightFormat::Q4, Precision::Exact),
+        (WeightFormat::Fp8, Precision::Exact),
     ];
-    for format in formats {
+    for (format, precision) in formats {
         // Any bytes will do as weights; these are small numbers in each format.
         let weights = vec![0x2c00_2c00u32; ROW_COUNT * IN_DIM];
         let task = LinearArgs {
@@ -58,7 +59,7 @@ fn matmul(criterion: &mut Criterion) {
             epilogue: Epilogue::Store,
             token_rows: TokenRows::All,
             format,
-            precision: Precision::Exact,
+            precision,
             residual_age: 0,
             is_announced: false,
             in_dim: IN_DIM as u32,
@@ -88,7 +89,8 @@ fn matmul(criterion: &mut Criterion) {
             let y = Rows { values: span(&mut y), stride: ROW_COUNT };
             let bytes = ROW_COUNT as u64 * format.row_bytes(IN_DIM as u32);
             group.throughput(Throughput::Bytes(bytes));
-            let id = BenchmarkId::new(format!("{format:?}"), format!("{tokens} tokens"));
+            let id =
+                BenchmarkId::new(format!("{format:?}, {precision:?}"), format!("{tokens} tokens"));
             group.bench_function(id, |bencher| {
                 bencher.iter(|| machine.multiply(black_box(&task), x, tokens, y));
             });

@@ -60,7 +60,7 @@ struct Cpu {
     model: Option<String>,
     /// Cores that this process may use.
     cores: usize,
-    /// Instruction set of the CPU device: `avx512`, `avx2` or `portable`.
+    /// Instruction set of the CPU device: `amx`, `avx512`, `avx2` or `portable`.
     instruction_set: &'static str,
 }
 
@@ -176,6 +176,7 @@ fn ring_pages(shared_bytes: u32) -> Option<[u32; 2]> {
 
 fn isa_name(isa: Isa) -> &'static str {
     match isa {
+        Isa::Amx => "amx",
         Isa::Avx512 => "avx512",
         Isa::Avx2 => "avx2",
         Isa::Portable => "portable",

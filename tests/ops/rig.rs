@@ -26,7 +26,7 @@ pub(crate) const FORMATS: [WeightFormat; 3] =
     [WeightFormat::F32, WeightFormat::F16, WeightFormat::Bf16];
 /// Tasks of a run, at most.
 const RUN_TASKS_MAX: u32 = 64;
-const ISAS: [Isa; 3] = [Isa::Avx512, Isa::Avx2, Isa::Portable];
+const ISAS: [Isa; 4] = [Isa::Amx, Isa::Avx512, Isa::Avx2, Isa::Portable];
 
 /// Numbers that are the same in every run: SplitMix64.
 pub(crate) struct Random(u64);

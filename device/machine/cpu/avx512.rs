@@ -20,7 +20,7 @@ use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
 use super::lanes::{Bf16, LANES, Stored, VECTOR, weights};
-use super::{InputForm, Matrix};
+use super::{InputForm, Matrix, amx};
 use crate::machine::Rows;
 
 /// Rows of a block.
@@ -38,9 +38,12 @@ const FOLDED: usize = 16;
 /// See `super::matmul`.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
-    if m.inputs == InputForm::Packed {
+    match m.inputs {
         // SAFETY: `InputForm::of` has found the instructions.
-        return unsafe { bf16::matmul(&m, &x, token_count, &y, out_first) };
+        InputForm::Tiles => return unsafe { amx::matmul(&m, &x, token_count, &y, out_first) },
+        // SAFETY: as above.
+        InputForm::Packed => return unsafe { bf16::matmul(&m, &x, token_count, &y, out_first) },
+        _ => {}
     }
     match m.format {
         WeightFormat::F32 => matmul_stored::<f32>(m, x, token_count, y, out_first),

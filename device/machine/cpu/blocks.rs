@@ -206,8 +206,8 @@ impl BlockIsa {
             let has_products =
                 format == WeightFormat::Fp8 || std::arch::is_x86_feature_detected!("avx512vnni");
             match isa {
-                Isa::Avx512 if has_products => return BlockIsa::Avx512,
-                Isa::Avx512 | Isa::Avx2 => return BlockIsa::Avx2,
+                Isa::Amx | Isa::Avx512 if has_products => return BlockIsa::Avx512,
+                Isa::Amx | Isa::Avx512 | Isa::Avx2 => return BlockIsa::Avx2,
                 Isa::Portable => {}
             }
         }

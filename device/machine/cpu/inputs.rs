@@ -1,8 +1,10 @@
 //! The forms in which input rows are multiplied.
 
+use tilert_mk_shared::program::INPUT_ROW_MULTIPLE;
 use tilert_mk_shared::task::{Precision, WeightFormat};
 
 use super::{Isa, blocks};
+use crate::machine::Rows;
 use crate::machine::memory::Span;
 
 /// How input rows are stored once they are ready to be multiplied.
@@ -14,6 +16,8 @@ pub enum InputForm {
     Rounded,
     /// As bf16, for the chip's own products.
     Packed,
+    /// As bf16, in tiles of up to 16 rows.
+    Tiles,
     /// As integers of `bits` bits with a scale for each block, for weights of this format.
     Integers {
         /// See above.
@@ -31,16 +35,30 @@ impl InputForm {
                 InputForm::Integers { format, bits: blocks::integer_bits(precision) }
             }
             (_, Precision::Exact) => InputForm::Float,
+            (WeightFormat::Bf16, Precision::Bf16) if isa == Isa::Amx => InputForm::Tiles,
             (WeightFormat::Bf16, Precision::Bf16) if isa.multiplies_bf16() => InputForm::Packed,
             (_, Precision::Bf16) => InputForm::Rounded,
         }
     }
 
-    /// Writes a row in this form to `to`, which has as many values, rounded up to a multiple of 32,
-    /// and may be the same memory.
-    pub(super) fn convert(self, isa: Isa, from: Span<f32>, to: Span<f32>) {
+    /// Writes `count` rows of `dim` values in this form to `to`, whose rows have as many, rounded up
+    /// to a multiple of 32, and may be the same.
+    pub(super) fn convert(self, isa: Isa, from: Rows, to: Rows, count: usize, dim: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if self == InputForm::Tiles {
+            // SAFETY: `InputForm::of` has found the instructions.
+            return unsafe { super::amx::pack(&from, &to, count, dim) };
+        }
+        for row in 0..count {
+            let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
+            self.convert_row(isa, from.row(row, dim), to);
+        }
+    }
+
+    fn convert_row(self, isa: Isa, from: Span<f32>, to: Span<f32>) {
         match self {
-            InputForm::Float => {}
+            // Tiles are made of several rows.
+            InputForm::Float | InputForm::Tiles => {}
             InputForm::Rounded => {
                 for column in 0..from.len() {
                     let bits = u32::from(bf16_bits(from.read(column))) << 16;

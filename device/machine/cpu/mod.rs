@@ -4,6 +4,8 @@
 //! All sums run over 32 lanes with fused multiply-adds and are folded in one order, so the three
 //! give the same bits, and a row's product does not depend on how rows and tokens are blocked.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 // Its loops count: closures have no instruction set of their own.
 #[cfg(target_arch = "x86_64")]
 #[allow(clippy::needless_range_loop)]
@@ -23,6 +25,8 @@ use tilert_mk_shared::task::WeightFormat;
 /// Instruction sets that the primitives are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 as below, and tiles that multiply bf16 (AMX).
+    Amx,
     /// AVX-512F with FMA and F16C.
     Avx512,
     /// AVX2 with FMA and F16C.
@@ -40,7 +44,7 @@ impl Isa {
                 && std::arch::is_x86_feature_detected!("f16c")
                 && std::arch::is_x86_feature_detected!("avx2");
             if has_fma && std::arch::is_x86_feature_detected!("avx512f") {
-                return Isa::Avx512;
+                return if amx::is_usable() { Isa::Amx } else { Isa::Avx512 };
             }
             if has_fma {
                 return Isa::Avx2;
@@ -49,7 +53,7 @@ impl Isa {
         Isa::Portable
     }
 
-    /// Whether its instructions multiply bf16 values.
+    /// Whether its vectors multiply bf16 values.
     pub fn multiplies_bf16(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return self == Isa::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16");
@@ -60,8 +64,9 @@ impl Isa {
     /// Whether this machine can run it.
     pub fn is_supported(self) -> bool {
         match Isa::detect() {
-            Isa::Avx512 => true,
-            Isa::Avx2 => self != Isa::Avx512,
+            Isa::Amx => true,
+            Isa::Avx512 => self != Isa::Amx,
+            Isa::Avx2 => matches!(self, Isa::Avx2 | Isa::Portable),
             Isa::Portable => self == Isa::Portable,
         }
     }
@@ -89,7 +94,7 @@ macro_rules! primitive {
                 fn avx2($($arg: $type),*) $(-> $out)? { $eight($($arg),*) }
                 match isa {
                     // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
-                    Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    Isa::Amx | Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     Isa::Portable => {}

@@ -48,14 +48,6 @@ impl Thread {
         InputForm::of(self.isa, args.format, args.precision)
     }
 
-    /// Brings `count` rows of `dim` values into a form; `to` may be the same rows.
-    fn convert(&self, form: InputForm, from: Rows, to: Rows, count: usize, dim: usize) {
-        for row in 0..count {
-            let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
-            form.convert(self.isa, from.row(row, dim), to);
-        }
-    }
-
     /// Half-split RoPE of a head after its norm, if it has one.
     fn rotate(&self, attention: &Attention, from: Span<f32>, norm: Span<f32>, out: Span<f32>) {
         let out = out.as_mut_slice();
@@ -150,14 +142,14 @@ impl Machine for Thread {
             return from;
         }
         if !is_kept {
-            self.convert(form, from, to, count, dim);
+            form.convert(self.isa, from, to, count, dim);
         }
         to
     }
 
     #[inline(always)]
     fn settle(&self, task: &Task, x: Rows, count: usize, dim: usize) {
-        self.convert(self.form(&LinearArgs::unpack(task)), x, x, count, dim);
+        self.form(&LinearArgs::unpack(task)).convert(self.isa, x, x, count, dim);
     }
 
     #[inline(always)]

@@ -1,0 +1,481 @@
+//! Products of bf16 weights with inputs that are rounded to bf16, by tiles (AMX).
+//!
+//! A tile of weights is 16 rows as they are stored, 32 columns of each; a tile of inputs is as many
+//! columns of up to 16 tokens, in pairs of columns, and `pack` leaves tokens so. For each row and
+//! token a product of tiles adds those of even columns in order, then those of odd ones, and both
+//! to the sum of the columns before. Nothing in that depends on the shapes of tiles: a token's bits
+//! are the same alone and beside others. They are not those of other instruction sets.
+
+use std::arch::asm;
+use std::arch::x86_64::{
+    __cpuid, __cpuid_count, __m512i, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_loadu_si512,
+    _mm512_mask_storeu_epi32, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_setzero_si512,
+    _mm512_shuffle_i32x4, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64, _xgetbv,
+};
+use std::mem::transmute;
+use std::sync::OnceLock;
+
+use super::Matrix;
+use crate::machine::Rows;
+use crate::machine::memory::Span;
+
+/// Rows of a tile: of weights and sums.
+const ROWS: usize = 16;
+/// Tokens of a tile, of inputs and sums.
+const TOKENS: usize = 16;
+/// Columns that a product of tiles adds.
+const COLUMNS: usize = 32;
+/// Tiles of weights that are multiplied by as many of inputs: four of sums, eight in all.
+const SIDE: usize = 2;
+
+/// Whether the chip multiplies bf16 in tiles and the system lets this process do so. Asks it once.
+pub(super) fn is_usable() -> bool {
+    static IS_USABLE: OnceLock<bool> = OnceLock::new();
+    *IS_USABLE.get_or_init(|| has_tiles() && is_permitted())
+}
+
+/// Whether the chip has tiles with products of bf16, and the system keeps tiles for threads.
+fn has_tiles() -> bool {
+    /// In `edx` of leaf 7: products of bf16, and tiles.
+    const AMX_BF16: u32 = 1 << 22;
+    const AMX_TILE: u32 = 1 << 24;
+    /// In `XCR0`: configurations of tiles, and tiles.
+    const TILE_STATES: u64 = 1 << 17 | 1 << 18;
+    #[target_feature(enable = "xsave")]
+    fn states() -> u64 {
+        // SAFETY: the caller has found that the system has enabled `xgetbv`.
+        unsafe { _xgetbv(0) }
+    }
+    // The first says that the system has enabled `xgetbv`.
+    let has_vectors = std::arch::is_x86_feature_detected!("avx512f")
+        && std::arch::is_x86_feature_detected!("avx512bf16")
+        && std::arch::is_x86_feature_detected!("xsave");
+    if !has_vectors || __cpuid(0).eax < 7 {
+        return false;
+    }
+    let has_products = __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
+    // SAFETY: `xsave` is there, as found above.
+    has_products && unsafe { states() } & TILE_STATES == TILE_STATES
+}
+
+/// Asks the system to let this process use tiles: Linux keeps room for them only if it was asked.
+#[cfg(target_os = "linux")]
+fn is_permitted() -> bool {
+    const ARCH_PRCTL: u64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const XFEATURE_XTILEDATA: u64 = 18;
+    let mut result = ARCH_PRCTL;
+    // SAFETY: this call takes numbers and touches no memory of the process; `syscall` overwrites
+    // `rcx` and `r11`.
+    unsafe {
+        asm!("syscall", inout("rax") result, in("rdi") ARCH_REQ_XCOMP_PERM,
+             in("rsi") XFEATURE_XTILEDATA, out("rcx") _, out("r11") _, options(nostack));
+    }
+    result == 0
+}
+
+/// Other systems are not asked.
+#[cfg(not(target_os = "linux"))]
+fn is_permitted() -> bool {
+    false
+}
+
+/// Shapes of the tiles, as `ldtilecfg` reads them.
+#[repr(C, align(64))]
+struct Shapes {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    row_counts: [u8; 16],
+}
+
+/// The tile of sums of a tile of weights and one of inputs.
+const fn sums_tile(r: usize, t: usize) -> usize {
+    r * SIDE + t
+}
+
+impl Shapes {
+    /// Sums are tiles 0 to 3, weights 4 and 5, inputs 6 and 7.
+    fn new(row_counts: [usize; SIDE], token_counts: [usize; SIDE]) -> Shapes {
+        let mut shapes = Shapes {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            row_counts: [0; 16],
+        };
+        let mut set = |tile: usize, row_count: usize, row_bytes: usize| {
+            // The chip refuses a shape of which one is zero and the other is not.
+            if row_count > 0 && row_bytes > 0 {
+                shapes.row_counts[tile] = row_count as u8;
+                shapes.row_bytes[tile] = row_bytes as u16;
+            }
+        };
+        for (side, (row_count, token_count)) in row_counts.into_iter().zip(token_counts).enumerate()
+        {
+            set(4 + side, row_count, COLUMNS * 2);
+            set(6 + side, COLUMNS / 2, token_count * 4);
+            for (t, token_count) in token_counts.into_iter().enumerate() {
+                set(sums_tile(side, t), row_count, token_count * 4);
+            }
+        }
+        shapes
+    }
+
+    /// Gives this thread's tiles these shapes, and zeros as values.
+    ///
+    /// # Safety
+    /// The chip has tiles, `is_usable`.
+    #[inline(always)]
+    unsafe fn apply(&self) {
+        // SAFETY: 64 bytes of a palette that every such chip has, with at most 16 rows of 64 bytes.
+        // The compiler uses no tiles.
+        unsafe {
+            asm!("ldtilecfg [{at}]", at = in(reg) self, options(nostack, preserves_flags));
+        }
+    }
+}
+
+/// Gives up this thread's tiles, which the system else keeps for it.
+///
+/// # Safety
+/// The chip has tiles.
+#[inline(always)]
+unsafe fn release() {
+    // SAFETY: by the caller's word; the compiler uses no tiles.
+    unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
+}
+
+/// Loads a tile from rows that are `stride` bytes apart.
+///
+/// # Safety
+/// `Shapes::apply` has given the tile a shape, of rows that can be read.
+#[inline(always)]
+unsafe fn load<const TILE: usize>(at: *const u8, stride: usize) {
+    // SAFETY: by the caller's word; the compiler uses no tiles.
+    unsafe {
+        asm!("tileloadd tmm{tile}, [{at} + {stride}*1]", tile = const TILE, at = in(reg) at,
+             stride = in(reg) stride, options(nostack, preserves_flags, readonly));
+    }
+}
+
+/// Stores a tile to rows that are `stride` bytes apart.
+///
+/// # Safety
+/// `Shapes::apply` has given the tile a shape, of rows that can be written.
+#[inline(always)]
+unsafe fn store<const TILE: usize>(at: *mut u8, stride: usize) {
+    // SAFETY: by the caller's word; the compiler uses no tiles.
+    unsafe {
+        asm!("tilestored [{at} + {stride}*1], tmm{tile}", tile = const TILE, at = in(reg) at,
+             stride = in(reg) stride, options(nostack, preserves_flags));
+    }
+}
+
+/// Adds the products of a tile of weights and one of inputs.
+///
+/// # Safety
+/// `Shapes::apply` has given the three shapes that fit.
+#[inline(always)]
+unsafe fn add<const SUMS: usize, const WEIGHTS: usize, const INPUTS: usize>() {
+    // SAFETY: by the caller's word; the compiler uses no tiles. Not `nomem`, so that it stays
+    // between its loads and stores.
+    unsafe {
+        asm!("tdpbf16ps tmm{sums}, tmm{weights}, tmm{inputs}", sums = const SUMS,
+             weights = const WEIGHTS, inputs = const INPUTS,
+             options(nostack, preserves_flags, readonly));
+    }
+}
+
+/// See `cpu::matmul`; input rows are `InputForm::Tiles`, of as many tokens as were packed.
+///
+/// # Safety
+/// The chip has tiles, `is_usable`.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn matmul(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
+    // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
+    let weights = unsafe { Span::<u16>::new(m.address, m.row_count * m.in_dim) };
+    for row in (0..m.row_count).step_by(SIDE * ROWS) {
+        let row_count = (m.row_count - row).min(SIDE * ROWS);
+        let block = Block {
+            weights: weights.sub(row * m.in_dim, row_count * m.in_dim),
+            in_dim: m.in_dim,
+            row_count,
+            ahead_bytes: SIDE * ROWS * COLUMNS * 2 / token_count.div_ceil(SIDE * TOKENS),
+        };
+        for token in (0..token_count).step_by(SIDE * TOKENS) {
+            let mut inputs = [Inputs::NONE; SIDE];
+            for (t, first) in (token..token_count).step_by(TOKENS).take(SIDE).enumerate() {
+                inputs[t] = Inputs::of(x, m.in_dim, first, token_count);
+            }
+            let out = out_first + row;
+            // SAFETY: by the caller's word.
+            match (row_count > ROWS, inputs[1].token_count > 0) {
+                (true, true) => unsafe { block.multiply::<2, 2>(token, &inputs, y, out) },
+                (true, false) => unsafe { block.multiply::<2, 1>(token, &inputs, y, out) },
+                (false, true) => unsafe { block.multiply::<1, 2>(token, &inputs, y, out) },
+                (false, false) => unsafe { block.multiply::<1, 1>(token, &inputs, y, out) },
+            }
+        }
+    }
+    // SAFETY: by the caller's word.
+    unsafe { release() };
+}
+
+/// Packed tokens.
+#[derive(Clone, Copy)]
+struct Inputs {
+    /// The first tile: rows of a pair of columns of each token. Others follow.
+    at: *const u8,
+    token_count: usize,
+}
+
+impl Inputs {
+    const NONE: Inputs = Inputs { at: std::ptr::null(), token_count: 0 };
+
+    /// The tile's worth of tokens, or what is left of them, from `first` on.
+    fn of(x: &Rows, in_dim: usize, first: usize, token_count: usize) -> Inputs {
+        let token_count = TOKENS.min(token_count - first);
+        let values = packed(x, in_dim, first, token_count);
+        Inputs { at: values.address() as *const u8, token_count }
+    }
+}
+
+/// Where a tile's worth of tokens is packed: half of its rows' memory.
+fn packed(x: &Rows, in_dim: usize, first: usize, token_count: usize) -> Span<f32> {
+    let [lower, upper] = halves(x, in_dim, first, token_count);
+    if token_count == 1 { lower } else { upper }
+}
+
+/// The memory of a tile's worth of rows, in halves.
+fn halves(x: &Rows, in_dim: usize, first: usize, token_count: usize) -> [Span<f32>; 2] {
+    let half = token_count * in_dim.next_multiple_of(COLUMNS) / 2;
+    [0, half].map(|at| x.values.sub(first * x.stride + at, half))
+}
+
+/// Rows that are multiplied side by side.
+struct Block {
+    weights: Span<u16>,
+    in_dim: usize,
+    row_count: usize,
+    /// Bytes of the weights that follow to request with each product of tiles.
+    ahead_bytes: usize,
+}
+
+impl Block {
+    /// Products with tokens from `token` on, to columns from `out` on: of `R` tiles of rows and `T`
+    /// of tokens.
+    ///
+    /// # Safety
+    /// The chip has tiles. There are as many tiles of rows and of tokens.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn multiply<const R: usize, const T: usize>(
+        &self,
+        token: usize,
+        inputs: &[Inputs; SIDE],
+        y: &Rows,
+        out: usize,
+    ) {
+        let row_counts = [self.row_count.min(ROWS), self.row_count.saturating_sub(ROWS)];
+        // SAFETY: by the caller's word.
+        unsafe { Shapes::new(row_counts, inputs.map(|inputs| inputs.token_count)).apply() };
+        let (at, row_bytes) = (self.weights.address() as *const u8, self.in_dim * 2);
+        let whole = self.in_dim / COLUMNS;
+        let mut ahead = self.weights.address() + (self.weights.len() * 2) as u64;
+        ahead += (token / (SIDE * TOKENS) * whole * self.ahead_bytes) as u64;
+        for step in 0..whole {
+            super::prefetch(ahead, self.ahead_bytes as u64);
+            ahead += self.ahead_bytes as u64;
+            // SAFETY: a step's columns of all rows, and of the tokens as they are packed.
+            unsafe { add_step::<R, T>(at.add(step * COLUMNS * 2), row_bytes, inputs, step) };
+        }
+        if self.in_dim > whole * COLUMNS {
+            let mut tail = [[0u16; COLUMNS]; SIDE * ROWS];
+            let rows = self.weights.as_slice().chunks_exact(self.in_dim);
+            for (tail, row) in tail.iter_mut().zip(rows) {
+                tail[..self.in_dim - whole * COLUMNS].copy_from_slice(&row[whole * COLUMNS..]);
+            }
+            // SAFETY: as above; `pack` has left zeros after the tokens' values too.
+            unsafe { add_step::<R, T>(tail.as_ptr().cast(), COLUMNS * 2, inputs, whole) };
+        }
+        for (t, inputs) in inputs.iter().enumerate().take(T) {
+            for (r, row_count) in row_counts.into_iter().enumerate().take(R) {
+                let (token, out) = (token + t * TOKENS, out + r * ROWS);
+                // SAFETY: the tiles of sums that `Shapes` has made for these.
+                match (r, t) {
+                    (0, 0) => unsafe { finish::<0>(row_count, inputs, y, token, out) },
+                    (0, _) => unsafe { finish::<1>(row_count, inputs, y, token, out) },
+                    (_, 0) => unsafe { finish::<2>(row_count, inputs, y, token, out) },
+                    (..) => unsafe { finish::<3>(row_count, inputs, y, token, out) },
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of `COLUMNS` columns: those at `weights`, whose rows are `row_bytes` apart, with
+/// the inputs' `step`th.
+///
+/// # Safety
+/// `Shapes::apply` has made `R` tiles of rows and `T` of tokens, which can be read.
+#[inline(always)]
+unsafe fn add_step<const R: usize, const T: usize>(
+    weights: *const u8,
+    row_bytes: usize,
+    inputs: &[Inputs; SIDE],
+    step: usize,
+) {
+    let [first, second] = inputs.map(|inputs| {
+        let pair_bytes = inputs.token_count * 4;
+        (inputs.at.wrapping_add(step * COLUMNS / 2 * pair_bytes), pair_bytes)
+    });
+    // SAFETY: by the caller's word.
+    unsafe {
+        load::<6>(first.0, first.1);
+        load::<4>(weights, row_bytes);
+        add::<{ sums_tile(0, 0) }, 4, 6>();
+        if T == 2 {
+            load::<7>(second.0, second.1);
+            add::<{ sums_tile(0, 1) }, 4, 7>();
+        }
+        if R == 2 {
+            load::<5>(weights.add(ROWS * row_bytes), row_bytes);
+            add::<{ sums_tile(1, 0) }, 5, 6>();
+        }
+        if R == 2 && T == 2 {
+            add::<{ sums_tile(1, 1) }, 5, 7>();
+        }
+    }
+}
+
+/// Writes a tile of sums to the rows of its tokens.
+///
+/// # Safety
+/// `Shapes::apply` has given the tile `row_count` rows and the inputs' tokens.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn finish<const TILE: usize>(
+    row_count: usize,
+    inputs: &Inputs,
+    y: &Rows,
+    token: usize,
+    out: usize,
+) {
+    if inputs.token_count == 1 {
+        let row = y.values.sub(token * y.stride + out, row_count);
+        // SAFETY: a value for each row of the tile.
+        return unsafe { store::<TILE>(row.address() as *mut u8, size_of::<f32>()) };
+    }
+    let mut sums = [_mm512_setzero_si512(); ROWS];
+    // SAFETY: at most as many rows, of at most as many bytes.
+    unsafe { store::<TILE>(sums.as_mut_ptr().cast(), size_of::<__m512i>()) };
+    let sums = transpose(sums);
+    for (t, sums) in sums.into_iter().enumerate().take(inputs.token_count) {
+        let row = y.values.sub((token + t) * y.stride + out, row_count);
+        // SAFETY: as many values as the row has.
+        unsafe {
+            let sums = _mm512_castsi512_ps(sums);
+            _mm512_mask_storeu_ps(row.address() as *mut f32, lanes(row_count), sums);
+        }
+    }
+}
+
+/// Packs input rows, rounded to bf16, for `matmul` with as many tokens; `to` may be the same rows.
+///
+/// In two passes over a tile's worth of rows, so that nothing is written over before it is read:
+/// rounded rows into the lower half of the memory, then from there into tiles in the upper half. A
+/// tile of one token is its values in order, which need not move.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) fn pack(from: &Rows, to: &Rows, token_count: usize, in_dim: usize) {
+    let row_bytes = in_dim.next_multiple_of(COLUMNS) * 2;
+    for first in (0..token_count).step_by(TOKENS) {
+        let count = TOKENS.min(token_count - first);
+        let [rounded, tiles] =
+            halves(to, in_dim, first, count).map(|half| half.address() as *mut u8);
+        for t in 0..count {
+            let row = from.row(first + t, in_dim);
+            // SAFETY: the half is as many rows of `row_bytes`.
+            unsafe { round(row, rounded.add(t * row_bytes)) };
+        }
+        if count == 1 {
+            continue;
+        }
+        for step in 0..in_dim.div_ceil(COLUMNS) {
+            let mut columns = [_mm512_setzero_si512(); TOKENS];
+            for (t, columns) in columns.iter_mut().enumerate().take(count) {
+                // SAFETY: columns of a rounded row, which is whole steps.
+                let at = unsafe { rounded.add(t * row_bytes + step * COLUMNS * 2) };
+                // SAFETY: as above.
+                *columns = unsafe { _mm512_loadu_si512(at.cast()) };
+            }
+            for (pair, values) in transpose(columns).into_iter().enumerate() {
+                let at = (step * COLUMNS / 2 + pair) * count * 4;
+                // SAFETY: a pair of columns of each token, which are as many as the half has.
+                unsafe {
+                    _mm512_mask_storeu_epi32(tiles.add(at).cast(), lanes(count), values);
+                }
+            }
+        }
+    }
+}
+
+/// Rounds a row to bf16, halves to even, with zeros after it up to a whole number of `COLUMNS`. `to`
+/// may be the row's own begin, or before it.
+///
+/// # Safety
+/// There is room for them at `to`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn round(from: Span<f32>, to: *mut u8) {
+    for first in (0..from.len()).step_by(COLUMNS) {
+        let count = COLUMNS.min(from.len() - first);
+        let values = from.sub(first, count).address() as *const f32;
+        // SAFETY: lanes that are read are values of the row; the caller has room.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(lanes(count), values);
+            let high = lanes(count.saturating_sub(COLUMNS / 2));
+            let high = _mm512_maskz_loadu_ps(high, values.wrapping_add(COLUMNS / 2));
+            let rounded: __m512i = transmute(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(to.add(first * 2).cast(), rounded);
+        }
+    }
+}
+
+/// A mask of the first `count` of 16 lanes.
+#[inline(always)]
+fn lanes(count: usize) -> u16 {
+    ((1u32 << count.min(16)) - 1) as u16
+}
+
+/// Lane `j` of row `i` to lane `i` of row `j`: lanes of neighbours, then pairs of lanes, then quarters
+/// of rows.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let (mut pairs, mut quads, mut columns) = (rows, rows, rows);
+    for i in 0..8 {
+        let (a, b) = (rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i] = _mm512_unpacklo_epi32(a, b);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(a, b);
+    }
+    for i in 0..4 {
+        for half in 0..2 {
+            let (a, b) = (pairs[4 * i + half], pairs[4 * i + half + 2]);
+            quads[4 * i + 2 * half] = _mm512_unpacklo_epi64(a, b);
+            quads[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
+        }
+    }
+    for j in 0..4 {
+        let (a, b, c, d) = (quads[j], quads[4 + j], quads[8 + j], quads[12 + j]);
+        let even = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d));
+        let odd = (_mm512_shuffle_i32x4::<0xdd>(a, b), _mm512_shuffle_i32x4::<0xdd>(c, d));
+        columns[j] = _mm512_shuffle_i32x4::<0x88>(even.0, even.1);
+        columns[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd.0, odd.1);
+        columns[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even.0, even.1);
+        columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd.0, odd.1);
+    }
+    columns
+}
