@@ -8,12 +8,15 @@ const FAMILIES: [&str; 4] = ["llama", "smollm2", "qwen3", "qwen3_yarn"];
 const PROMPT: &str = "74,179,209,167,92,25,102,252,72,70,7,55,211,179,100,152,87,241";
 
 /// The logits file of one run.
-fn logits(family: &str, workers: u32, width: u32, folder: &Path) -> Vec<u8> {
+fn logits(family: &str, compute: &str, workers: u32, width: u32, folder: &Path) -> Vec<u8> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let file: PathBuf = folder.join(format!("{family}-{workers}-{width}"));
+    let file: PathBuf = folder.join(format!("{family}-{compute}-{workers}-{width}"));
+    // A GPU takes no other.
+    let device = if compute == "exact" { "auto" } else { "cpu" };
     let status = Command::new(env!("CARGO_BIN_EXE_tilert-mk"))
         .args(["launch", "--ignore-eos", "--max-tokens", "12", "--prompt-ids", PROMPT])
         .args(["--workers", &workers.to_string(), "--prefill-chunk", &width.to_string()])
+        .args(["--device", device, "--compute", compute])
         .arg("--model")
         .arg(root.join("tests/golden").join(family).join("bf16"))
         .arg("--logits")
@@ -30,12 +33,13 @@ fn logits(family: &str, workers: u32, width: u32, folder: &Path) -> Vec<u8> {
 #[test]
 fn workers_and_step_widths_leave_the_bits_alone() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    for family in FAMILIES {
-        let expected = logits(family, 1, 64, folder.path());
+    for (family, compute) in FAMILIES.into_iter().flat_map(|f| [(f, "exact"), (f, "bf16")]) {
+        let expected = logits(family, compute, 1, 64, folder.path());
         for workers in [1, 2, 4] {
             for width in [1, 2, 3, 5, 8] {
-                let found = logits(family, workers, width, folder.path());
-                assert!(expected == found, "{family}: {workers} workers, width {width} differ");
+                let found = logits(family, compute, workers, width, folder.path());
+                let what = format!("{family}, {compute}, {workers} workers, width {width}");
+                assert!(expected == found, "{what}: bits differ");
             }
         }
     }
@@ -44,9 +48,9 @@ fn workers_and_step_widths_leave_the_bits_alone() {
 #[test]
 fn repeats_leave_the_bits_alone() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let expected = logits("qwen3", 2, 64, folder.path());
+    let expected = logits("qwen3", "exact", 2, 64, folder.path());
     for repeat in 0..50 {
-        let found = logits("qwen3", [1, 2, 4][repeat % 3], 64, folder.path());
+        let found = logits("qwen3", "exact", [1, 2, 4][repeat % 3], 64, folder.path());
         assert!(expected == found, "repeat {repeat} differs");
     }
 }
@@ -89,13 +93,13 @@ fn a_busy_core() {
 #[test]
 fn a_second_process_on_the_cpu_leaves_the_bits_alone() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let expected = FAMILIES.map(|family| logits(family, 1, 64, folder.path()));
+    let expected = FAMILIES.map(|family| logits(family, "exact", 1, 64, folder.path()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut loads: Vec<Load> = (0..cores).map(|_| Load::new()).collect();
     for repeat in 0..50 {
         let workers = [1, 2, 4][repeat % 3];
         let which = repeat % FAMILIES.len();
-        let found = logits(FAMILIES[which], workers, 64, folder.path());
+        let found = logits(FAMILIES[which], "exact", workers, 64, folder.path());
         assert!(expected[which] == found, "repeat {repeat}, {workers} workers: differs");
     }
     for load in &mut loads {

@@ -36,6 +36,8 @@ pub(super) fn is_usable() -> bool {
 }
 
 /// Whether the chip has tiles with products of bf16, and the system keeps tiles for threads.
+// `cpuid` is unsafe in older versions of Rust that this is compiled with.
+#[allow(unused_unsafe)]
 fn has_tiles() -> bool {
     /// In `edx` of leaf 7: products of bf16, and tiles.
     const AMX_BF16: u32 = 1 << 22;
@@ -51,10 +53,13 @@ fn has_tiles() -> bool {
     let has_vectors = std::arch::is_x86_feature_detected!("avx512f")
         && std::arch::is_x86_feature_detected!("avx512bf16")
         && std::arch::is_x86_feature_detected!("xsave");
-    if !has_vectors || __cpuid(0).eax < 7 {
+    // SAFETY: every chip of 64 bits has `cpuid`.
+    if !has_vectors || unsafe { __cpuid(0) }.eax < 7 {
         return false;
     }
-    let has_products = __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
+    // SAFETY: as above.
+    let features = unsafe { __cpuid_count(7, 0) }.edx;
+    let has_products = features & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE;
     // SAFETY: `xsave` is there, as found above.
     has_products && unsafe { states() } & TILE_STATES == TILE_STATES
 }
@@ -97,8 +102,9 @@ const fn sums_tile(r: usize, t: usize) -> usize {
 }
 
 impl Shapes {
-    /// Sums are tiles 0 to 3, weights 4 and 5, inputs 6 and 7.
-    fn new(row_counts: [usize; SIDE], token_counts: [usize; SIDE]) -> Shapes {
+    /// For tiles of as many rows, and of as many tokens: sums are tiles 0 to 3, weights 4 and 5,
+    /// inputs 6 and 7.
+    fn new(counts: Counts) -> Shapes {
         let mut shapes = Shapes {
             palette: 1,
             start_row: 0,
@@ -113,12 +119,11 @@ impl Shapes {
                 shapes.row_bytes[tile] = row_bytes as u16;
             }
         };
-        for (side, (row_count, token_count)) in row_counts.into_iter().zip(token_counts).enumerate()
-        {
-            set(4 + side, row_count, COLUMNS * 2);
-            set(6 + side, COLUMNS / 2, token_count * 4);
-            for (t, token_count) in token_counts.into_iter().enumerate() {
-                set(sums_tile(side, t), row_count, token_count * 4);
+        for side in 0..SIDE {
+            set(4 + side, counts.rows[side], COLUMNS * 2);
+            set(6 + side, COLUMNS / 2, counts.tokens[side] * 4);
+            for t in 0..SIDE {
+                set(sums_tile(side, t), counts.rows[side], counts.tokens[t] * 4);
             }
         }
         shapes
@@ -136,6 +141,36 @@ impl Shapes {
             asm!("ldtilecfg [{at}]", at = in(reg) self, options(nostack, preserves_flags));
         }
     }
+}
+
+/// Rows and tokens of the tiles, at most 16 each.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Counts {
+    rows: [usize; SIDE],
+    tokens: [usize; SIDE],
+}
+
+/// Makes the system give this thread room for its tiles, which it does when they are first used.
+///
+/// # Safety
+/// The chip has tiles, `is_usable`.
+pub(super) unsafe fn touch() {
+    // SAFETY: by the caller's word.
+    unsafe { Shapes::new(Counts { rows: [1; SIDE], tokens: [1; SIDE] }).apply() };
+    // SAFETY: its shape is a row of a token.
+    unsafe { zero::<0>() };
+    // SAFETY: by the caller's word.
+    unsafe { release() };
+}
+
+/// Makes a tile's values zeros.
+///
+/// # Safety
+/// `Shapes::apply` has given the tile a shape.
+#[inline(always)]
+unsafe fn zero<const TILE: usize>() {
+    // SAFETY: by the caller's word; the compiler uses no tiles.
+    unsafe { asm!("tilezero tmm{tile}", tile = const TILE, options(nostack, preserves_flags)) };
 }
 
 /// Gives up this thread's tiles, which the system else keeps for it.
@@ -197,21 +232,23 @@ unsafe fn add<const SUMS: usize, const WEIGHTS: usize, const INPUTS: usize>() {
 pub(super) unsafe fn matmul(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
     // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
     let weights = unsafe { Span::<u16>::new(m.address, m.row_count * m.in_dim) };
+    let mut counts = Counts::default();
     for row in (0..m.row_count).step_by(SIDE * ROWS) {
         let row_count = (m.row_count - row).min(SIDE * ROWS);
         let block = Block {
             weights: weights.sub(row * m.in_dim, row_count * m.in_dim),
             in_dim: m.in_dim,
             row_count,
-            ahead_bytes: SIDE * ROWS * COLUMNS * 2 / token_count.div_ceil(SIDE * TOKENS),
         };
         for token in (0..token_count).step_by(SIDE * TOKENS) {
             let mut inputs = [Inputs::NONE; SIDE];
             for (t, first) in (token..token_count).step_by(TOKENS).take(SIDE).enumerate() {
                 inputs[t] = Inputs::of(x, m.in_dim, first, token_count);
             }
-            let out = out_first + row;
             // SAFETY: by the caller's word.
+            unsafe { block.begin(&inputs, &mut counts) };
+            let out = out_first + row;
+            // SAFETY: `begin` has given the tiles their shapes, of as many rows and tokens.
             match (row_count > ROWS, inputs[1].token_count > 0) {
                 (true, true) => unsafe { block.multiply::<2, 2>(token, &inputs, y, out) },
                 (true, false) => unsafe { block.multiply::<2, 1>(token, &inputs, y, out) },
@@ -260,16 +297,34 @@ struct Block {
     weights: Span<u16>,
     in_dim: usize,
     row_count: usize,
-    /// Bytes of the weights that follow to request with each product of tiles.
-    ahead_bytes: usize,
 }
 
 impl Block {
+    /// Rows of each tile.
+    fn row_counts(&self) -> [usize; SIDE] {
+        [self.row_count.min(ROWS), self.row_count.saturating_sub(ROWS)]
+    }
+
+    /// Gives the tiles the shapes of these rows and tokens, if they have not got them: `counts` is
+    /// what they have. It takes the chip as long as three products.
+    ///
+    /// # Safety
+    /// The chip has tiles.
+    unsafe fn begin(&self, inputs: &[Inputs; SIDE], counts: &mut Counts) {
+        let tokens = inputs.map(|inputs| inputs.token_count);
+        let wanted = Counts { rows: self.row_counts(), tokens };
+        if *counts != wanted {
+            *counts = wanted;
+            // SAFETY: by the caller's word.
+            unsafe { Shapes::new(wanted).apply() };
+        }
+    }
+
     /// Products with tokens from `token` on, to columns from `out` on: of `R` tiles of rows and `T`
     /// of tokens.
     ///
     /// # Safety
-    /// The chip has tiles. There are as many tiles of rows and of tokens.
+    /// `begin` has given the tiles their shapes, of `R` tiles of rows and `T` of tokens.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn multiply<const R: usize, const T: usize>(
@@ -279,16 +334,11 @@ impl Block {
         y: &Rows,
         out: usize,
     ) {
-        let row_counts = [self.row_count.min(ROWS), self.row_count.saturating_sub(ROWS)];
         // SAFETY: by the caller's word.
-        unsafe { Shapes::new(row_counts, inputs.map(|inputs| inputs.token_count)).apply() };
+        unsafe { zero_sums::<R, T>() };
         let (at, row_bytes) = (self.weights.address() as *const u8, self.in_dim * 2);
         let whole = self.in_dim / COLUMNS;
-        let mut ahead = self.weights.address() + (self.weights.len() * 2) as u64;
-        ahead += (token / (SIDE * TOKENS) * whole * self.ahead_bytes) as u64;
         for step in 0..whole {
-            super::prefetch(ahead, self.ahead_bytes as u64);
-            ahead += self.ahead_bytes as u64;
             // SAFETY: a step's columns of all rows, and of the tokens as they are packed.
             unsafe { add_step::<R, T>(at.add(step * COLUMNS * 2), row_bytes, inputs, step) };
         }
@@ -302,7 +352,7 @@ impl Block {
             unsafe { add_step::<R, T>(tail.as_ptr().cast(), COLUMNS * 2, inputs, whole) };
         }
         for (t, inputs) in inputs.iter().enumerate().take(T) {
-            for (r, row_count) in row_counts.into_iter().enumerate().take(R) {
+            for (r, row_count) in self.row_counts().into_iter().enumerate().take(R) {
                 let (token, out) = (token + t * TOKENS, out + r * ROWS);
                 // SAFETY: the tiles of sums that `Shapes` has made for these.
                 match (r, t) {
@@ -312,6 +362,27 @@ impl Block {
                     (..) => unsafe { finish::<3>(row_count, inputs, y, token, out) },
                 }
             }
+        }
+    }
+}
+
+/// Begins the sums of `R` tiles of rows and `T` of tokens.
+///
+/// # Safety
+/// `Shapes::apply` has made these tiles.
+#[inline(always)]
+unsafe fn zero_sums<const R: usize, const T: usize>() {
+    // SAFETY: by the caller's word.
+    unsafe {
+        zero::<{ sums_tile(0, 0) }>();
+        if T == 2 {
+            zero::<{ sums_tile(0, 1) }>();
+        }
+        if R == 2 {
+            zero::<{ sums_tile(1, 0) }>();
+        }
+        if R == 2 && T == 2 {
+            zero::<{ sums_tile(1, 1) }>();
         }
     }
 }
@@ -478,4 +549,87 @@ fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
         columns[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd.0, odd.1);
     }
     columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{InputForm, Isa, Matrix, matmul};
+    use crate::machine::Rows;
+    use crate::machine::memory::Span;
+    use half::bf16;
+    use tilert_mk_shared::task::WeightFormat;
+
+    /// Values whose products and sums are rounded, in a fixed order without a pattern.
+    fn values(count: usize) -> Vec<f32> {
+        let value = |idx: usize| (idx as u32).wrapping_mul(2_654_435_761) >> 8;
+        (0..count).map(|idx| value(idx) as f32 / (1 << 23) as f32 - 1.0).collect()
+    }
+
+    /// The slow twin, in the order of sums that the instruction has.
+    fn product(weights: &[bf16], x: &[f32]) -> f32 {
+        let mut sum = 0.0;
+        for (weights, x) in weights.chunks(32).zip(x.chunks(32)) {
+            let mut parts = [0.0f32; 2];
+            for (idx, (weight, x)) in weights.iter().zip(x).enumerate() {
+                let x = bf16::from_f32(*x).to_f32();
+                parts[idx % 2] = weight.to_f32().mul_add(x, parts[idx % 2]);
+            }
+            sum += parts[0] + parts[1];
+        }
+        sum
+    }
+
+    fn check(row_count: usize, in_dim: usize, token_count: usize, is_in_place: bool) {
+        let span = |values: &mut [f32]| {
+            // SAFETY: values that the caller keeps and reads only when all is done.
+            unsafe { Span::new(values.as_mut_ptr().expose_provenance() as u64, values.len()) }
+        };
+        let weights: Vec<bf16> =
+            values(row_count * in_dim).into_iter().map(bf16::from_f32).collect();
+        let stride = in_dim.next_multiple_of(32);
+        let mut from = values(token_count * stride);
+        let expected: Vec<f32> = from
+            .chunks(stride)
+            .flat_map(|x| weights.chunks(in_dim).map(|row| product(row, &x[..in_dim])))
+            .collect();
+        let mut packed = vec![f32::NAN; from.len()];
+        let from = Rows { values: span(&mut from), stride };
+        let x = if is_in_place { from } else { Rows { values: span(&mut packed), stride } };
+        InputForm::Tiles.convert(Isa::Amx, from, x, token_count, in_dim);
+        let m = Matrix {
+            address: weights.as_ptr().expose_provenance() as u64,
+            format: WeightFormat::Bf16,
+            inputs: InputForm::Tiles,
+            row_count,
+            in_dim,
+        };
+        // A column on each side is somebody else's.
+        let mut y = vec![7.0; token_count * (row_count + 2)];
+        let rows = Rows { values: span(&mut y), stride: row_count + 2 };
+        matmul(Isa::Amx, m, x, token_count, rows, 1);
+        for (found, expected) in y.chunks(row_count + 2).zip(expected.chunks(row_count)) {
+            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!((found[0], found[row_count + 1]), (7.0, 7.0));
+            assert_eq!(
+                bits(&found[1..=row_count]),
+                bits(expected),
+                "{row_count} rows of {in_dim}, {token_count} tokens"
+            );
+        }
+    }
+
+    #[test]
+    fn any_shape_gives_the_bits_of_the_twin() {
+        if !Isa::Amx.is_supported() {
+            println!("not tested: this machine has no AMX, or may not use it");
+            return;
+        }
+        for row_count in [1, 9, 16, 17, 32, 41, 64] {
+            for in_dim in [8, 32, 72, 256, 1032] {
+                for token_count in [1, 2, 5, 15, 16, 17, 31, 32, 33, 48, 50, 64] {
+                    check(row_count, in_dim, token_count, token_count % 2 == 0);
+                }
+            }
+        }
+    }
 }

@@ -61,6 +61,15 @@ impl Isa {
         false
     }
 
+    /// Lets the system give this thread what it needs for it, before the first task does.
+    fn warm_up(self) {
+        #[cfg(target_arch = "x86_64")]
+        if self == Isa::Amx {
+            // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.
+            unsafe { amx::touch() };
+        }
+    }
+
     /// Whether this machine can run it.
     pub fn is_supported(self) -> bool {
         match Isa::detect() {
