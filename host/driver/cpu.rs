@@ -118,7 +118,7 @@ impl Device for CpuDevice {
                         (true, false) => Idling::Yield,
                         (true, true) => Idling::Spin,
                     };
-                    machine.warm_up();
+                    machine.isa.warm_up();
                     // SAFETY: the engine keeps all memory until `join` has joined this thread.
                     let worker =
                         unsafe { Worker::new(&header, worker_idx, &machine, Progress::NONE) };

@@ -61,8 +61,8 @@ impl Isa {
         false
     }
 
-    /// Lets the system give this thread what it needs for it, before the first task does.
-    fn warm_up(self) {
+    /// Lets the system give this thread now what it gives at first use: room for tiles.
+    pub fn warm_up(self) {
         #[cfg(target_arch = "x86_64")]
         if self == Isa::Amx {
             // SAFETY: `Isa` values come from `detect` or are checked with `is_supported`.

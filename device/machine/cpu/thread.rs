@@ -43,11 +43,6 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Brings what the system gives a thread when it first uses it: room for tiles.
-    pub fn warm_up(&self) {
-        self.isa.warm_up();
-    }
-
     /// The form in which a linear task multiplies its inputs.
     fn form(&self, args: &LinearArgs) -> InputForm {
         InputForm::of(self.isa, args.format, args.precision)
