@@ -1,5 +1,7 @@
 //! Mistakes planted in the PTX and in the program: each is found, with its task, op and line.
 
+use std::ops::Range;
+
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Opcode, Prologue, Task};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUT_BYTES_MIN, PAGE_BYTES, PAGE_COUNT_MIN, ring};
 
@@ -125,6 +127,9 @@ const VALUES: [Planted; 12] = [
     planted("a tile whose rows are too long", Tasks(longer_rows), &["OutOfBounds"]),
     planted("tiles that overlap by a row", Tasks(overlapping_tiles), MISSING),
 ];
+
+/// Seeds of the schedules under which a mistake is looked for.
+const SCHEDULES: Range<u64> = 5..13;
 
 /// The loop of the kernel.
 const LOOP: &str = "compute";
@@ -340,11 +345,17 @@ fn overlapping_tiles(tasks: &mut [Task]) {
     }
 }
 
-/// What is said about a mistake, in the order in which it is noticed.
+/// What is said about a mistake, in the order in which it is noticed: under the first schedule that
+/// shows it, since one in which all happens in time has nothing to show.
 fn messages(mistake: &Planted) -> Vec<String> {
+    let mut schedules = SCHEDULES.map(|seed| messages_under(mistake, seed));
+    schedules.find(|lines| !lines.is_empty()).unwrap_or_default()
+}
+
+fn messages_under(mistake: &Planted, seed: u64) -> Vec<String> {
     // With few pages, each is soon filled again.
     let shared_bytes = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * PAGE_BYTES;
-    let mut options = PtxOptions { shared_bytes, ..shipped(mistake.capability, 2, 5) };
+    let mut options = PtxOptions { shared_bytes, ..shipped(mistake.capability, 2, seed) };
     let text = match mistake.place {
         Statement(find, replace) => options.text.replace(find, replace),
         Text(edit) => edit(&options.text),
