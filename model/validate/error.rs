@@ -49,9 +49,9 @@ pub enum ValidateError {
         /// The most allowed.
         limit: u64,
     },
-    /// A task relies on an event that says no more than that values will come, see
-    /// `Task::is_announced`.
-    #[error("task `{task}` waits for event {event}, whose tasks are announced, and not for values")]
+    /// A task is announced though something that waits for it does not look at stamps, or is not
+    /// though all of that does, see `Task::is_announced`.
+    #[error("task `{task}` announces event {event}, or does not, against what waits for it")]
     Announced {
         /// The task.
         task: String,

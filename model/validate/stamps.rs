@@ -9,18 +9,23 @@ use super::name;
 use super::order::{Order, Stage};
 use crate::lower::Program;
 
-/// Checks what announced tasks are waited for by, and how old residuals are said to be.
+/// Checks that tasks are announced where all that wait for them look at stamps and nowhere else, and
+/// how old residuals are said to be.
 pub(super) fn check(program: &Program, order: &Order) -> Result<(), ValidateError> {
-    let mut is_announced = vec![false; program.event_arrivals.len()];
-    for task in program.tasks.iter().filter(|task| task.is_announced()) {
-        if task.signal_event.is_some() {
-            is_announced[task.signal_event.0 as usize] = true;
-        }
+    // Whether something waits for an event, and all that does looks at stamps.
+    let mut is_hint = vec![None; program.event_arrivals.len()];
+    for task in program.tasks.iter().filter(|task| task.wait_event.is_some()) {
+        let looks = &mut is_hint[task.wait_event.0 as usize];
+        *looks = Some(looks.unwrap_or(true) && task.waits_itself());
     }
     for (task_idx, task) in (0u32..).zip(&program.tasks) {
-        let waits_for_hint = task.wait_event.is_some() && is_announced[task.wait_event.0 as usize];
-        if waits_for_hint && !task.waits_itself() {
-            let (task, event) = (name(program, task_idx), task.wait_event.0);
+        let event = task.signal_event;
+        let stores = [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16);
+        let wanted = event.is_some()
+            && stores.contains(&task.opcode)
+            && is_hint[event.0 as usize] == Some(true);
+        if task.is_announced() != wanted {
+            let (task, event) = (name(program, task_idx), event.0);
             return Err(ValidateError::Announced { task, event });
         }
         if task.opcode == Opcode::Linear as u16 {
