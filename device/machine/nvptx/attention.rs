@@ -155,13 +155,15 @@ fn rotate<const D: usize, const B: usize, const Q: usize>(
         lane.keep(lane.sums() + query * dim * 4, &quads);
     }
     if appends {
-        if D > KEYS_AHEAD {
-            [own[1]] = lane.stamped_rows(block, [own_value], stamp);
-        } else if D > VALUES_AHEAD {
+        // Both together if there are registers for them, which older chips' assemblers find not.
+        let takes_both = D <= KEYS_AHEAD && (cfg!(tilert_sm90) || B == 1);
+        if D > VALUES_AHEAD && takes_both {
             own = lane.stamped_rows(block, [own_key, own_value], stamp);
+        } else if D > VALUES_AHEAD {
+            [own[1]] = lane.stamped_rows(block, [own_value], stamp);
         }
         lane.append(attention, attention.values, 1, &own[1]);
-        if D > KEYS_AHEAD {
+        if D > VALUES_AHEAD && !takes_both {
             [own[0]] = lane.stamped_rows(block, [own_key], stamp);
         }
         turn(lane, attention, key_norm, &turns, &mut own[0]);
