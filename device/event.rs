@@ -16,7 +16,7 @@ pub fn signal(counter: &EventCounter) {
 }
 
 /// Adds one arrival in no order with anything else, where values tell by themselves that they are
-/// there (`shared/stamp.rs`). Called by the leader.
+/// there (`shared/stamp.rs`). Called by one lane.
 #[inline(always)]
 pub fn announce(counter: &EventCounter) {
     counter.add_relaxed(1);

@@ -18,9 +18,9 @@ pub(super) fn check(program: &Program, order: &Order) -> Result<(), ValidateErro
         let looks = &mut is_hint[task.wait_event.0 as usize];
         *looks = Some(looks.unwrap_or(true) && task.waits_itself());
     }
+    let stores = [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16);
     for (task_idx, task) in (0u32..).zip(&program.tasks) {
         let event = task.signal_event;
-        let stores = [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16);
         let wanted = event.is_some()
             && stores.contains(&task.opcode)
             && is_hint[event.0 as usize] == Some(true);
@@ -29,13 +29,14 @@ pub(super) fn check(program: &Program, order: &Order) -> Result<(), ValidateErro
             return Err(ValidateError::Announced { task, event });
         }
         if task.opcode == Opcode::Linear as u16 {
-            let age = LinearArgs::unpack(task).residual_age;
+            let LinearArgs { residual_age: age, epilogue, .. } = LinearArgs::unpack(task);
             let stage = &order.stages[order.stage_of[task_idx as usize] as usize];
             let known = LinearArgs::unpack(&program.tasks[stage.task_idx as usize]);
-            let adds = LinearArgs::unpack(task).epilogue == Epilogue::AddResidual;
-            let is_right = match adds {
-                true => (1..=RESIDUAL_AGE_MAX).contains(&age) && age == known.residual_age,
-                false => age == 0,
+            let is_right = match epilogue {
+                Epilogue::AddResidual => {
+                    (1..=RESIDUAL_AGE_MAX).contains(&age) && age == known.residual_age
+                }
+                _ => age == 0,
             };
             if !is_right {
                 return Err(ValidateError::ResidualAge { task: name(program, task_idx), age });

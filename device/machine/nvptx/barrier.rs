@@ -104,7 +104,8 @@ pub unsafe fn wait<const LIMIT: u32>(barrier: u32, parity: u32) -> bool {
     unsafe {
         asm!("{{ .reg .pred p; .reg .u64 end, now;", "mov.u32 {d}, 1;",
              concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
-             "mov.u64 now, %globaltimer;", "ld.shared.u64 end, [tilert_mk_shared + {l}];", "add.u64 end, end, now;",
+             "mov.u64 now, %globaltimer;", "ld.shared.u64 end, [tilert_mk_shared + {l}];",
+             "add.u64 end, end, now;",
              "TEST:", ".pragma \"nounroll\";",
              concat!(test!(), " p, [{b}], {y};"), "@p bra DONE;",
              "mov.u64 now, %globaltimer;", "setp.lt.u64 p, now, end;", "@p bra TEST;",

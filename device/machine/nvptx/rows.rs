@@ -17,6 +17,7 @@ const COPY_QUADS: usize = 8;
 const NORM_QUADS: usize = 4;
 /// See `Machine::norm_ahead`.
 pub type NormAhead = (u64, [Quad; NORM_QUADS]);
+
 impl Block {
     /// Copies rows to where they are kept near.
     #[inline(always)]
