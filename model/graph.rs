@@ -172,7 +172,7 @@ impl Builder<'_> {
             out_dim: vocab,
             prologue: Prologue::RmsNorm,
             norm: Some(norm),
-            epilogue: Epilogue::Store,
+            epilogue: Epilogue::StoreBest,
             token_rows: TokenRows::Logits,
             matrices: vec![head],
         };

@@ -122,9 +122,10 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
     // Regions whose sizes only the tasks tell follow every region that a task names.
     let draft = HeapPlan::new(&dims, options.worker_count, 0, 0);
     let graph = Graph::new(config);
-    let Builder { tasks, names, homes, event_arrivals, rows_max, .. } =
+    let Builder { tasks, names, homes, event_arrivals, rows_max, head_task_count, .. } =
         Builder::new(options, &dims, &draft).build(&graph);
     dims.task_rows_max = rows_max;
+    dims.head_task_count = head_task_count;
     let (event_count, task_count) = (event_arrivals.len() as u32, tasks.len() as u32);
     let plan = HeapPlan::new(&dims, options.worker_count, event_count, task_count);
     let (queue_spans, queue_entries) = queues(&homes, options.worker_count);
@@ -164,6 +165,8 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         attention_scale: 1.0 / (config.head_dim as f32).sqrt(),
         step_tokens_max: options.step_tokens_max,
         task_rows_max: 1,
+        head_task_count: 0,
+        reserved: 0,
         prologue_dim_max: prologue_dim.max(inner_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         is_stamped: options.is_stamped.into(),
@@ -203,6 +206,7 @@ struct Builder<'a> {
     /// Costs of the stages that are dealt to all workers.
     costs: Vec<StageCosts>,
     rows_max: u32,
+    head_task_count: u32,
     /// Event of the stage that has left the residual stream.
     residual: EventId,
 }
@@ -219,6 +223,7 @@ impl<'a> Builder<'a> {
             event_arrivals: vec![0; 2],
             costs: Vec::new(),
             rows_max: 1,
+            head_task_count: 0,
             residual: EventId::NONE,
         }
     }
@@ -285,6 +290,7 @@ impl<'a> Builder<'a> {
         let adds = linear.epilogue == Epilogue::AddResidual;
         let residual_age = if adds { edge.wait.0 - self.residual.0 } else { 0 };
         let stored_row_bytes = self.options.stored_format.row_bytes(linear.in_dim);
+        let leaves_best = linear.epilogue == Epilogue::StoreBest;
         let stage_idx = self.costs.len() as u32;
         let mut costs = StageCosts::new();
         for (tile_idx, rows) in (0u32..).zip(self.tiles(linear)) {
@@ -296,6 +302,7 @@ impl<'a> Builder<'a> {
                 precision: self.options.precision,
                 residual_age,
                 is_announced: edge.is_announced,
+                best_idx: if leaves_best { tile_idx } else { 0 },
                 in_dim: linear.in_dim,
                 x_stride: linear.in_dim,
                 y_stride: linear.out_dim,
@@ -307,6 +314,7 @@ impl<'a> Builder<'a> {
                 segments: self.segments(linear, rows, stored_row_bytes),
             };
             self.rows_max = self.rows_max.max(args.row_count());
+            self.head_task_count += u32::from(leaves_best);
             costs.push(args.weight_bytes());
             self.push(args.pack(), edge.wait, edge.signal, format!("{name} tile {tile_idx}"));
         }
@@ -418,8 +426,9 @@ impl<'a> Builder<'a> {
     /// Finds a worker for each task, and a task for each worker.
     fn place(&mut self) {
         let worker_count = self.options.worker_count;
-        let logit_bytes = u64::from(self.dims.vocab_size) * size_of::<f32>() as u64;
-        let mut dealt = place(&self.costs, worker_count, logit_bytes).into_iter();
+        // What sampling reads if it takes the best.
+        let best_bytes = u64::from(self.head_task_count) * size_of::<u64>() as u64;
+        let mut dealt = place(&self.costs, worker_count, best_bytes).into_iter();
         let is_dealt = |task: &Task| {
             [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16).contains(&task.opcode)
         };

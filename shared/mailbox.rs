@@ -131,5 +131,20 @@ pub struct Mailbox {
     pub outputs: [Output; OUTPUT_COUNT_MAX as usize],
 }
 
+/// What the device knows of the mailbox, in its own memory: a GPU reads the host's as slowly as it
+/// computes a stage. Written by `Admit` and `Sample` alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct MailboxView {
+    /// `Mailbox::command_tail` when the device last looked.
+    pub command_tail: u32,
+    /// Commands read.
+    pub command_head: u32,
+    /// Outputs written.
+    pub output_tail: u32,
+    /// `Mailbox::output_head` when the device last looked.
+    pub output_head: u32,
+}
+
 const _: () = assert!(size_of::<Command>() == 96);
 const _: () = assert!(size_of::<Output>() == 24);

@@ -3,6 +3,7 @@
 use crate::event::EVENT_STRIDE_BYTES;
 use crate::kv::KvGeometry;
 use crate::limits::ATTENTION_SPLIT_MAX;
+use crate::mailbox::MailboxView;
 use crate::queue::CURSOR_STRIDE_BYTES;
 use crate::sequence::{SequenceState, StepState};
 use crate::stamp::STAMPED_GROUP;
@@ -33,6 +34,10 @@ pub struct Dims {
     pub sample_bin_count: u32,
     /// 1 if values are stamped (`stamp.rs`), else 0.
     pub is_stamped: u32,
+    /// Tasks that compute logits, each of which leaves the best of its own; 0 if none does.
+    pub head_task_count: u32,
+    /// Keeps what follows aligned.
+    pub reserved: u32,
     /// The KV cache.
     pub kv: KvGeometry,
 }
@@ -121,6 +126,8 @@ pub struct HeapPlan {
     pub step: u64,
     /// `[slot_count] SequenceState`.
     pub sequences: u64,
+    /// One `MailboxView`.
+    pub mailbox_view: u64,
     /// `[slot_count, context_max] u32`: each sequence's tokens.
     pub tokens: u64,
     /// `[slot_count, vocab_size] u32`: bit 31 if the prompt has the token; below, its count in the
@@ -149,6 +156,8 @@ pub struct HeapPlan {
     pub events: u64,
     /// `[task_count] u64`: the step in which each linear task was last committed.
     pub commits: u64,
+    /// `[tokens, head_task_count] u64`: the best of each task's logits, see `sample.rs`.
+    pub bests: u64,
     /// `[worker_count]` scratches of `Dims::scratch_bytes`.
     pub scratch: u64,
     /// The KV cache, see `KvGeometry`.
@@ -158,7 +167,7 @@ pub struct HeapPlan {
 }
 
 /// Number of regions in a heap.
-pub const REGION_COUNT: usize = 18;
+pub const REGION_COUNT: usize = 20;
 
 impl HeapPlan {
     /// Lays out a heap for `worker_count` workers and a program of as many events and tasks.
@@ -182,6 +191,7 @@ impl HeapPlan {
             (worker_count as u64 + 1) * CURSOR_STRIDE_BYTES,
             size_of::<StepState>() as u64,
             slots * size_of::<SequenceState>() as u64,
+            size_of::<MailboxView>() as u64,
             slots * kv.context_max as u64 * 4,
             slots * dims.vocab_size as u64 * 4,
             rope,
@@ -195,6 +205,8 @@ impl HeapPlan {
             groups * STAMPED_GROUP as u64 * 8,
             event_count as u64 * EVENT_STRIDE_BYTES,
             task_count as u64 * 8,
+            // At least one, so that regions differ.
+            tokens * dims.head_task_count as u64 * 8 + 8,
             worker_count as u64 * dims.scratch_bytes(),
             kv.value_count() * 4,
         ];
@@ -208,22 +220,24 @@ impl HeapPlan {
             cursors: offsets[0],
             step: offsets[1],
             sequences: offsets[2],
-            tokens: offsets[3],
-            token_marks: offsets[4],
-            rope_cos: offsets[5],
-            rope_sin: offsets[6],
-            hidden: offsets[7],
-            qkv: offsets[8],
-            splits: offsets[9],
-            intermediate: offsets[10],
-            logits: offsets[11],
-            sample: offsets[12],
-            stamped: offsets[13],
-            events: offsets[14],
-            commits: offsets[15],
-            scratch: offsets[16],
-            kv: offsets[17],
-            total_bytes: offsets[18],
+            mailbox_view: offsets[3],
+            tokens: offsets[4],
+            token_marks: offsets[5],
+            rope_cos: offsets[6],
+            rope_sin: offsets[7],
+            hidden: offsets[8],
+            qkv: offsets[9],
+            splits: offsets[10],
+            intermediate: offsets[11],
+            logits: offsets[12],
+            sample: offsets[13],
+            stamped: offsets[14],
+            events: offsets[15],
+            commits: offsets[16],
+            bests: offsets[17],
+            scratch: offsets[18],
+            kv: offsets[19],
+            total_bytes: offsets[20],
         }
     }
 
@@ -233,6 +247,7 @@ impl HeapPlan {
             ("cursors", self.cursors),
             ("step", self.step),
             ("sequences", self.sequences),
+            ("mailbox_view", self.mailbox_view),
             ("tokens", self.tokens),
             ("token_marks", self.token_marks),
             ("rope_cos", self.rope_cos),
@@ -246,6 +261,7 @@ impl HeapPlan {
             ("stamped", self.stamped),
             ("events", self.events),
             ("commits", self.commits),
+            ("bests", self.bests),
             ("scratch", self.scratch),
             ("kv", self.kv),
             ("end", self.total_bytes),
@@ -303,9 +319,9 @@ pub struct ProgramHeader {
     pub plan: HeapPlan,
 }
 
-const _: () = assert!(size_of::<Dims>() == 64);
+const _: () = assert!(size_of::<Dims>() == 72);
 const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
-const _: () = assert!(size_of::<ProgramHeader>() == 112 + 64 + 8 * (REGION_COUNT + 1));
+const _: () = assert!(size_of::<ProgramHeader>() == 112 + 72 + 8 * (REGION_COUNT + 1));
 
 #[cfg(test)]
 mod tests {

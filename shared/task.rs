@@ -145,6 +145,8 @@ pub enum Epilogue {
     AddResidual = 1,
     /// `silu(segment 0) * segment 1`, each with its bias, if any.
     SiluMul = 2,
+    /// As `Store`, of logits; leaves the best of the task's in `HeapPlan::bests` too.
+    StoreBest = 3,
 }
 
 /// Which tokens of the step a linear task processes.
@@ -256,6 +258,11 @@ pub struct Segment {
     pub out_first: u32,
 }
 
+impl Segment {
+    /// One that is not used.
+    pub const NONE: Segment = Segment { weights: 0, bias: 0, row_count: 0, out_first: 0 };
+}
+
 /// Which of a linear task's references are weights, by segment.
 pub const LINEAR_WEIGHTS: [usize; SEGMENT_COUNT_MAX] = [3, 5, 7];
 
@@ -283,6 +290,9 @@ pub struct LinearArgs {
     pub residual_age: u32,
     /// See `Task::is_announced`.
     pub is_announced: bool,
+    /// With `Epilogue::StoreBest`, which has no third segment: the task's entry of each row of bests;
+    /// else 0.
+    pub best_idx: u32,
     /// Values in an input row; a multiple of 8.
     pub in_dim: u32,
     /// Values from one input row to the next.
@@ -323,7 +333,7 @@ impl LinearArgs {
             b.row_count,
             b.out_first,
             c.row_count,
-            c.out_first,
+            if self.leaves_best() { self.best_idx } else { c.out_first },
         ];
         task.refs = [
             self.x,
@@ -343,6 +353,7 @@ impl LinearArgs {
     #[inline]
     pub const fn unpack(task: &Task) -> LinearArgs {
         let (w, r) = (&task.words, &task.refs);
+        let leaves_best = task.flags >> 2 & 3 == Epilogue::StoreBest as u16;
         LinearArgs {
             prologue: match task.flags & 3 {
                 0 => Prologue::None,
@@ -352,13 +363,15 @@ impl LinearArgs {
             epilogue: match task.flags >> 2 & 3 {
                 0 => Epilogue::Store,
                 1 => Epilogue::AddResidual,
-                _ => Epilogue::SiluMul,
+                2 => Epilogue::SiluMul,
+                _ => Epilogue::StoreBest,
             },
             token_rows: token_rows(task.flags),
             format: WeightFormat::from_raw(task.flags >> 5 & 7),
             precision: if task.flags >> 8 & 1 == 0 { Precision::Exact } else { Precision::Bf16 },
             residual_age: task.flags as u32 >> 9 & RESIDUAL_AGE_MAX,
             is_announced: task.is_announced(),
+            best_idx: if leaves_best { w[9] } else { 0 },
             in_dim: w[0],
             x_stride: w[1],
             y_stride: w[2],
@@ -366,8 +379,18 @@ impl LinearArgs {
             x: r[0],
             y: r[1],
             norm_weight: r[2],
-            segments: [task.segment(0), task.segment(1), task.segment(2)],
+            segments: [
+                task.segment(0),
+                task.segment(1),
+                if leaves_best { Segment::NONE } else { task.segment(2) },
+            ],
         }
+    }
+
+    /// Whether the best of the task's products is left, see `best_idx`.
+    #[inline]
+    pub const fn leaves_best(&self) -> bool {
+        matches!(self.epilogue, Epilogue::StoreBest)
     }
 
     /// Rows of all segments.
@@ -489,7 +512,10 @@ mod tests {
             out_first: n + 4,
         };
         for prologue in [Prologue::None, Prologue::RmsNorm, Prologue::MergeSplits] {
-            for epilogue in [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul] {
+            for epilogue in
+                [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul, Epilogue::StoreBest]
+            {
+                let is_best = epilogue == Epilogue::StoreBest;
                 for token_rows in [TokenRows::All, TokenRows::Logits] {
                     for format in (0..6).map(WeightFormat::from_raw) {
                         let args = LinearArgs {
@@ -500,6 +526,7 @@ mod tests {
                             precision: Precision::Bf16,
                             residual_age: 9,
                             is_announced: format == WeightFormat::Fp8,
+                            best_idx: if is_best { 11 } else { 0 },
                             in_dim: 72,
                             x_stride: 73,
                             y_stride: 74,
@@ -507,7 +534,11 @@ mod tests {
                             x: 1 << 40,
                             y: 2 << 40,
                             norm_weight: 3 << 40,
-                            segments: [segment(10), segment(20), segment(30)],
+                            segments: [
+                                segment(10),
+                                segment(20),
+                                if is_best { Segment::NONE } else { segment(30) },
+                            ],
                         };
                         assert_eq!(LinearArgs::unpack(&args.pack()), args);
                     }

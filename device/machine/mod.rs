@@ -5,6 +5,7 @@
 //! marked *collective* are called by all lanes with the same arguments; they divide the work and
 //! leave its result visible to every lane, unless they say otherwise.
 
+pub mod best;
 pub mod memory;
 
 #[cfg(not(target_arch = "nvptx64"))]
@@ -117,6 +118,13 @@ pub struct Finish {
     pub residual_age: u32,
     /// Values of an input row if it is normed, else 0; see `Machine::rms_norm`.
     pub norm_dim: u32,
+    /// Where the best of each token's results goes (`best.rs`), every `best_stride`-th; empty if nobody
+    /// wants it.
+    pub bests: Span<u64>,
+    /// See `bests`.
+    pub best_stride: usize,
+    /// Index of the first result, for `bests`.
+    pub best_first: u32,
 }
 
 /// What a worker can do.
@@ -270,6 +278,9 @@ pub trait Machine {
     /// Collective: index of the largest value, the lowest on a tie; none if one is not a number or
     /// none is finite.
     fn argmax(&self, values: Span<f32>) -> Option<u32>;
+
+    /// Collective: the same of the values whose best `store` has left in `bests`.
+    fn best_of(&self, bests: Span<u64>) -> Option<u32>;
 
     /// Collective: adds up `amount` by bin over `0..len`; `bins` has 256 entries.
     fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>);

@@ -1,14 +1,14 @@
 //! Admission: reads the host's commands and decides which tokens the next step processes.
 //!
-//! Order: commands are read after an acquire load of `command_tail`; the step is published to the
-//! other workers by the task's own signal.
+//! Order: commands are read after an acquire load of `command_tail`, by this task or by the `Sample`
+//! before it; the step is published to the other workers by the task's own signal.
 
 use core::mem::offset_of;
 
 use tilert_mk_shared::limits::{
     COMMAND_COUNT_MAX, DECODE_TOKENS_MAX, OUTPUT_COUNT_MAX, STEP_TOKENS_MAX,
 };
-use tilert_mk_shared::mailbox::{Command, CommandKind, Mailbox, OutputKind};
+use tilert_mk_shared::mailbox::{Command, CommandKind, Mailbox, MailboxView, OutputKind};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepState, StepToken, WANT_LOGITS};
 
 use crate::machine::Machine;
@@ -23,9 +23,10 @@ const STOP: u32 = 3;
 
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
+    // `Sample` has just looked at the mailbox.
     let mut looks = 0;
     loop {
-        match worker.machine.lead(|| look(worker)) {
+        match worker.machine.lead(|| look(worker, looks > 0)) {
             COMMAND => read_command(worker),
             STEP => return Ok(()),
             STOP => return Err(Stopped),
@@ -37,16 +38,35 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
     }
 }
 
+/// For the leader.
 #[inline(always)]
-fn look<M: Machine>(worker: &Worker<M>) -> u32 {
-    let tail = worker.mailbox_word(offset_of!(Mailbox, command_tail)).load_acquire();
-    if worker.mailbox_word(offset_of!(Mailbox, command_head)).load_relaxed() != tail {
+fn look<M: Machine>(worker: &Worker<M>, is_again: bool) -> u32 {
+    if is_again {
+        look_at_tail(worker);
+        look_at_head(worker);
+    }
+    let word = |offset| super::view_word(worker, offset).read(0);
+    if word(offset_of!(MailboxView, command_head)) != word(offset_of!(MailboxView, command_tail)) {
         return COMMAND;
     }
     if has_room(worker) && compose(worker) {
         return STEP;
     }
     if worker.has_stopped() { STOP } else { NOTHING }
+}
+
+/// Notes how many commands the host has written. For one lane.
+#[inline(always)]
+pub(super) fn look_at_tail<M: Machine>(worker: &Worker<M>) {
+    let tail = worker.mailbox_word(offset_of!(Mailbox, command_tail)).load_acquire();
+    super::view_word(worker, offset_of!(MailboxView, command_tail)).write(0, tail);
+}
+
+/// Notes how many outputs the host has read. For one lane.
+#[inline(always)]
+pub(super) fn look_at_head<M: Machine>(worker: &Worker<M>) {
+    let head = worker.mailbox_word(offset_of!(Mailbox, output_head)).load_acquire();
+    super::view_word(worker, offset_of!(MailboxView, output_head)).write(0, head);
 }
 
 /// Whether the outputs of one more step fit, and all rows of logits have been taken. For the
@@ -56,9 +76,9 @@ fn look<M: Machine>(worker: &Worker<M>) -> u32 {
 /// the ring has been empty once.
 #[inline(always)]
 fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
-    let tail = worker.mailbox_word(offset_of!(Mailbox, output_tail)).load_relaxed();
-    let head = worker.mailbox_word(offset_of!(Mailbox, output_head)).load_acquire();
-    let pending = tail.wrapping_sub(head);
+    let word = |offset| super::view_word(worker, offset).read(0);
+    let tail = word(offset_of!(MailboxView, output_tail));
+    let pending = tail.wrapping_sub(word(offset_of!(MailboxView, output_head)));
     let mut wants_logits = false;
     let states = super::sequences(worker);
     for slot in 0..states.len() {
@@ -74,8 +94,8 @@ fn has_room<M: Machine>(worker: &Worker<M>) -> bool {
 /// Carries out the oldest command. Collective.
 #[inline(always)]
 fn read_command<M: Machine>(worker: &Worker<M>) {
-    let head_word = worker.mailbox_word(offset_of!(Mailbox, command_head));
-    let head = worker.machine.lead(|| head_word.load_relaxed());
+    let head_word = super::view_word(worker, offset_of!(MailboxView, command_head));
+    let head = worker.machine.lead(|| head_word.read(0));
     let ring = worker.header().mailbox + offset_of!(Mailbox, commands) as u64;
     // SAFETY: the ring is part of the mailbox; the host filled the record before `command_tail`.
     let commands: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
@@ -93,7 +113,9 @@ fn read_command<M: Machine>(worker: &Worker<M>) {
     }
     worker.machine.sync();
     if worker.machine.lane_idx() == 0 {
-        head_word.store_release(head.wrapping_add(1));
+        let head = head.wrapping_add(1);
+        head_word.write(0, head);
+        worker.mailbox_word(offset_of!(Mailbox, command_head)).store_release(head);
     }
 }
 

@@ -29,7 +29,9 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let task = claim.task;
     let x = x.take(ahead);
     worker.note_input();
-    worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
+    worker
+        .machine
+        .expect(&finish(worker, task, row_count, 0, 0), |token| output(worker, task, 0, token));
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
@@ -138,7 +140,13 @@ impl<'a, M: Machine> Input<'a, M> {
 
 /// What becomes of the products of segment `idx`, whose first row is row `first` of the task.
 #[inline(always)]
-fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
+fn finish<M: Machine>(
+    worker: &Worker<M>,
+    task: &Task,
+    count: usize,
+    idx: usize,
+    first: usize,
+) -> Finish {
     // Again: registers are scarce while a GPU multiplies.
     let args = LinearArgs::unpack(task);
     let bias = |idx: usize| {
@@ -148,6 +156,10 @@ fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
         unsafe { Span::<f32>::new(segment.bias, len) }
     };
     let is_gated = args.epilogue == Epilogue::SiluMul;
+    let best_stride = worker.header().dims.head_task_count as usize;
+    let best_place = worker.header().plan.bests + u64::from(args.best_idx) * 8;
+    let best_count = (count.max(1) - 1) * best_stride + 1;
+    let bests = worker.heap::<u64>(best_place, best_count as u64);
     Finish {
         count,
         first,
@@ -158,6 +170,9 @@ fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
         adds: args.epilogue == Epilogue::AddResidual,
         residual_age: args.residual_age,
         norm_dim: if args.prologue == Prologue::RmsNorm { args.in_dim } else { 0 },
+        bests: bests.sub(0, if args.leaves_best() { bests.len() } else { 0 }),
+        best_stride,
+        best_first: args.segments[0].out_first,
     }
 }
 
@@ -174,7 +189,7 @@ fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
     let is_gated = LinearArgs::unpack(task).epilogue == Epilogue::SiluMul;
     let mut first = 0;
     for idx in 0..if is_gated { 1 } else { task.segment_count() } {
-        let finish = finish(task, count, idx, first);
+        let finish = finish(worker, task, count, idx, first);
         worker.machine.store(y, &finish, |token| output(worker, task, idx, token));
         first += finish.len;
     }

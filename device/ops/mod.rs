@@ -9,6 +9,7 @@ mod sample;
 use crate::machine::Machine;
 use crate::machine::memory::Span;
 use crate::worker::{Claim, Stopped, Worker};
+use tilert_mk_shared::mailbox::MailboxView;
 use tilert_mk_shared::sequence::{SequenceState, StepState};
 use tilert_mk_shared::task::Opcode;
 
@@ -36,6 +37,13 @@ pub(crate) fn step<M: Machine>(worker: &Worker<M>) -> Span<StepState> {
 #[inline(always)]
 fn sequences<M: Machine>(worker: &Worker<M>) -> Span<SequenceState> {
     worker.heap(worker.header().plan.sequences, worker.header().dims.kv.slot_count.into())
+}
+
+/// A word of what this device knows of the mailbox, at an offset of `MailboxView`.
+#[inline(always)]
+fn view_word<M: Machine>(worker: &Worker<M>, offset: usize) -> Span<u32> {
+    let words = worker.heap(worker.header().plan.mailbox_view, size_of::<MailboxView>() as u64 / 4);
+    words.sub(offset / 4, 1)
 }
 
 /// The tokens of one slot's sequence.

@@ -8,11 +8,12 @@
 use core::mem::offset_of;
 
 use tilert_mk_shared::limits::OUTPUT_COUNT_MAX;
-use tilert_mk_shared::mailbox::{Mailbox, Output, OutputKind};
+use tilert_mk_shared::mailbox::{Mailbox, MailboxView, Output, OutputKind};
 use tilert_mk_shared::program::SAMPLE_BIN_COUNT;
 use tilert_mk_shared::sample::{SamplingParams, random_bits};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepToken, WANT_LOGITS};
 
+use super::admit::{look_at_head, look_at_tail};
 use crate::machine::Machine;
 use crate::machine::memory::Span;
 use crate::worker::Worker;
@@ -23,65 +24,110 @@ pub(super) const IN_PROMPT: u32 = 1 << 31;
 const ONE: f32 = (1u64 << 40) as f32;
 /// Digits of a weight, of 8 bits: the largest is 2^40.
 const DIGIT_COUNT: u32 = 6;
+/// Lanes from that of one job to that of the next: a warp of a GPU.
+const LANES_APART: usize = 32;
 /// No token: a logit is not a number.
 const NO_TOKEN: u32 = u32::MAX;
 
+/// Jobs of a worker's lanes that may go on at the same time: each is a read or a write of the host's
+/// memory, or several of the device's, one after the other.
+#[derive(Clone, Copy)]
+enum Job {
+    /// Moves the sequence on.
+    Advance,
+    /// Publishes what has become of it.
+    Publish,
+    /// Looks for commands.
+    LookForCommands,
+    /// Looks for room for outputs.
+    LookForRoom,
+}
+
+impl Job {
+    /// Whether it is this lane's; on a GPU lanes of different warps wait for themselves.
+    #[inline(always)]
+    fn is_mine<M: Machine>(self, machine: &M) -> bool {
+        machine.lane_idx() == (self as usize * LANES_APART).min(machine.lane_count() - 1)
+    }
+}
+
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>) {
+    let machine = worker.machine;
     let step_view = super::step(worker);
     let step = step_view.get(0);
     let states = super::sequences(worker);
     for token_idx in 0..step.token_count as usize {
         let token = &step.tokens[token_idx];
-        let slot = token.slot as usize;
-        let is_next =
-            token.logit_row != NO_LOGITS && token.position + 1 == states.get(slot).token_count;
-        let next = if is_next { choose(worker, token, states.get(slot)) } else { NO_TOKEN };
-        worker.machine.sync();
-        if worker.machine.lane_idx() == 0 {
-            let state = states.get_mut(slot);
-            state.position = token.position + 1;
-            if token.logit_row != NO_LOGITS && state.params.flags & WANT_LOGITS != 0 {
-                publish(worker, OutputKind::Logits, token.slot, token.position, token.logit_row);
+        let state = states.get(token.slot as usize);
+        let is_next = token.logit_row != NO_LOGITS && token.position + 1 == state.token_count;
+        let next = is_next.then(|| choose(worker, token, state));
+        let end = next.and_then(|next| end_after(state, next));
+        let wants_logits = token.logit_row != NO_LOGITS && state.params.flags & WANT_LOGITS != 0;
+        // Nobody needs the state as it was.
+        machine.sync();
+        if Job::Advance.is_mine(machine) {
+            advance(worker, token, states.get_mut(token.slot as usize), next, end.is_some());
+        }
+        if Job::Publish.is_mine(machine) {
+            let report = |kind, value| publish(worker, kind, token.slot, token.position, value);
+            if wants_logits {
+                report(OutputKind::Logits, token.logit_row);
             }
-            if is_next {
-                advance(worker, token, state, next);
+            if let Some(next) = next.filter(|next| *next != NO_TOKEN) {
+                report(OutputKind::Token, next);
+            }
+            if let Some(kind) = end {
+                report(kind, 0);
             }
         }
-        worker.machine.sync();
+        // For the next `Admit`.
+        if token_idx == 0 && Job::LookForCommands.is_mine(machine) {
+            look_at_tail(worker);
+        }
+        if token_idx == 0 && Job::LookForRoom.is_mine(machine) {
+            look_at_head(worker);
+        }
+        machine.sync();
     }
 }
 
-/// Takes `next` as the sequence's next token. For the leader.
+/// How an answer ends with the token `next`, if it does.
+#[inline(always)]
+fn end_after(state: &SequenceState, next: u32) -> Option<OutputKind> {
+    if next == NO_TOKEN {
+        return Some(OutputKind::EndNotANumber);
+    }
+    let stop_ids = &state.params.stop_ids[..state.params.stop_id_count as usize];
+    if stop_ids.contains(&next) {
+        Some(OutputKind::EndStop)
+    } else if state.generated_count + 1 == state.params.generate_max {
+        Some(OutputKind::EndLength)
+    } else {
+        None
+    }
+}
+
+/// Moves a sequence past a token, and takes `next` as its next one.
 #[inline(always)]
 fn advance<M: Machine>(
     worker: &Worker<M>,
     token: &StepToken,
     state: &mut SequenceState,
-    next: u32,
+    next: Option<u32>,
+    has_ended: bool,
 ) {
-    let report = |kind, value| publish(worker, kind, token.slot, token.position, value);
-    if next == NO_TOKEN {
+    state.position = token.position + 1;
+    if has_ended {
         state.is_active = 0;
-        return report(OutputKind::EndNotANumber, 0);
     }
+    let Some(next) = next.filter(|next| *next != NO_TOKEN) else { return };
     if state.params.sampling.has_penalty() {
         let marks = super::marks(worker, token.slot);
         marks.write(next as usize, marks.read(next as usize) + 1);
     }
     state.generated_count += 1;
-    let mut is_stop = false;
-    for idx in 0..state.params.stop_id_count as usize {
-        is_stop |= state.params.stop_ids[idx] == next;
-    }
-    report(OutputKind::Token, next);
-    if is_stop {
-        state.is_active = 0;
-        report(OutputKind::EndStop, 0);
-    } else if state.generated_count == state.params.generate_max {
-        state.is_active = 0;
-        report(OutputKind::EndLength, 0);
-    } else {
+    if !has_ended {
         super::tokens(worker, token.slot).write(state.token_count as usize, next);
         state.token_count += 1;
     }
@@ -103,7 +149,14 @@ fn choose<M: Machine>(worker: &Worker<M>, token: &StepToken, state: &SequenceSta
         worker.machine.sync();
         logits = out;
     }
-    match worker.machine.argmax(logits) {
+    let best_count = u64::from(worker.header().dims.head_task_count);
+    let best = if params.has_penalty() || best_count == 0 {
+        worker.machine.argmax(logits)
+    } else {
+        let first = u64::from(token.logit_row) * best_count;
+        worker.machine.best_of(worker.heap(worker.header().plan.bests + first * 8, best_count))
+    };
+    match best {
         None => NO_TOKEN,
         Some(best) if params.temperature == 0.0 => best,
         Some(best) => draw(worker, params, logits, best, state.generated_count),
@@ -258,7 +311,7 @@ fn sum<M: Machine>(machine: &M, bins: Span<u64>, len: usize, amount: impl Fn(usi
     total
 }
 
-/// Publishes a record about a slot. For the leader.
+/// Publishes a record about a slot. For one lane.
 ///
 /// Order: the record is stored before the release store of `output_tail`. `Admit` has made sure of
 /// the room.
@@ -275,8 +328,9 @@ pub(super) fn publish<M: Machine>(
     let ring = worker.header().mailbox + offset_of!(Mailbox, outputs) as u64;
     // SAFETY: the ring is part of the mailbox; the host does not read records past `output_tail`.
     let outputs: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };
-    let tail_word = worker.mailbox_word(offset_of!(Mailbox, output_tail));
-    let tail = tail_word.load_relaxed();
+    let tail_word = super::view_word(worker, offset_of!(MailboxView, output_tail));
+    let tail = tail_word.read(0);
     outputs.write((tail % OUTPUT_COUNT_MAX) as usize, output);
-    tail_word.store_release(tail.wrapping_add(1));
+    tail_word.write(0, tail.wrapping_add(1));
+    worker.mailbox_word(offset_of!(Mailbox, output_tail)).store_release(tail.wrapping_add(1));
 }

@@ -1,7 +1,7 @@
 //! Programs of empty tasks: what the runtime itself costs, without any arithmetic.
 
 use tilert_mk_shared::event::EventId;
-use tilert_mk_shared::program::HeapPlan;
+use tilert_mk_shared::program::{Dims, HeapPlan};
 use tilert_mk_shared::task::{Opcode, Task};
 
 use super::{BEGIN, CONTROL_HOME, END, LowerError, LowerOptions, Program, lower};
@@ -48,13 +48,10 @@ pub fn lower_empty(
     }
     let (queue_spans, queue_entries) = queues(&steps.homes, workers);
     let sized = lower(config, options)?;
+    let dims = Dims { head_task_count: 0, ..sized.dims };
     let program = Program {
-        plan: HeapPlan::new(
-            &sized.dims,
-            workers,
-            steps.arrivals.len() as u32,
-            steps.tasks.len() as u32,
-        ),
+        dims,
+        plan: HeapPlan::new(&dims, workers, steps.arrivals.len() as u32, steps.tasks.len() as u32),
         tasks: steps.tasks,
         names: steps.names,
         event_arrivals: steps.arrivals,

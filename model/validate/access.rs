@@ -30,6 +30,8 @@ pub enum Region {
     Intermediate,
     /// Logits.
     Logits,
+    /// The best of each head task's logits.
+    Bests,
     /// The sampler's workspace.
     Sample,
     /// Commands and outputs.
@@ -39,7 +41,7 @@ pub enum Region {
 }
 
 /// Number of regions.
-pub(super) const REGION_KINDS: usize = 12;
+pub(super) const REGION_KINDS: usize = 13;
 
 impl Region {
     /// All regions, in the order of their numbers.
@@ -53,6 +55,7 @@ impl Region {
         Region::Splits,
         Region::Intermediate,
         Region::Logits,
+        Region::Bests,
         Region::Sample,
         Region::Mailbox,
         Region::Kv,
@@ -63,7 +66,7 @@ impl Region {
         match self {
             Region::Kv => "head",
             Region::Hidden | Region::Qkv | Region::Splits | Region::Intermediate => "column",
-            Region::Logits => "column",
+            Region::Logits | Region::Bests => "column",
             _ => "part",
         }
     }
@@ -79,6 +82,7 @@ impl Region {
                 | Region::Splits
                 | Region::Intermediate
                 | Region::Logits
+                | Region::Bests
         )
     }
 
@@ -107,6 +111,7 @@ impl std::fmt::Display for Region {
             Region::Splits => "splits",
             Region::Intermediate => "intermediate",
             Region::Logits => "logits",
+            Region::Bests => "bests",
             Region::Sample => "sample",
             Region::Mailbox => "mailbox",
             Region::Kv => "kv",
@@ -149,10 +154,11 @@ impl Accesses {
         }
     }
 
-    /// `Sample` reads all logits and moves the sequences on.
+    /// `Sample` reads all logits, or the best of each task's, and moves the sequences on.
     pub(super) fn sample(&mut self, dims: &Dims) {
         self.read(Region::Step, 0, 1);
         self.read(Region::Logits, 0, dims.vocab_size.into());
+        self.read(Region::Bests, 0, dims.head_task_count.into());
         for region in [Region::Sequences, Region::Tokens, Region::TokenMarks] {
             self.update(region);
         }

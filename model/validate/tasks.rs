@@ -201,6 +201,11 @@ impl<'a> Checker<'a> {
             }
             self.accesses.write(region, first, end);
         }
+        if args.leaves_best() {
+            let last = u64::from(self.dims.head_task_count).saturating_sub(1);
+            within("best_idx", args.best_idx.into(), 0, last)?;
+            self.accesses.write(Region::Bests, args.best_idx.into(), u64::from(args.best_idx) + 1);
+        }
         Ok(())
     }
 
@@ -259,6 +264,9 @@ impl<'a> Checker<'a> {
         if args.epilogue == Epilogue::SiluMul && !pairs {
             return Err(Defect::Segments("gate and up do not have the same rows"));
         }
+        if args.leaves_best() && b.row_count != 0 {
+            return Err(Defect::Segments("a task that leaves its best has a second segment"));
+        }
         Ok(())
     }
 
@@ -268,6 +276,7 @@ impl<'a> Checker<'a> {
         let is_residual = args.epilogue == Epilogue::AddResidual;
         if (region == Region::Logits) != (args.token_rows == TokenRows::Logits)
             || (region == Region::Hidden) != is_residual
+            || (region == Region::Logits) != args.leaves_best()
         {
             return Err(Defect::Role { what: "y", region });
         }

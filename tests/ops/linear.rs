@@ -1,11 +1,13 @@
 //! Linear tasks: every prologue, epilogue, format, with and without biases.
 
+use tilert_mk_device::machine::best::Best;
 use tilert_mk_model::quantise::{dequantised, fp8_scales};
 use tilert_mk_model::reference;
 use tilert_mk_model::strips::{Quantiser, StoredRows};
 use tilert_mk_model::weights::Dtype;
 use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::sequence::{NO_LOGITS, StepToken};
 use tilert_mk_shared::task::{
     Epilogue, LinearArgs, Precision, Prologue, Segment, TokenRows, WeightFormat,
@@ -17,6 +19,10 @@ use crate::rig::{BLOCKED, FORMATS, Memory, Near, Random, Rig, UNIT, dims, matrix
 const HEADS: [u32; 3] = [3, 1, 24];
 /// Rounding of `exp` and of its argument, which is at most 4 in these tests.
 const EXP_UNITS: f64 = 4.0 + 4.0;
+
+/// Tasks of a head, and the one that runs.
+const HEAD_TASKS: u32 = 3;
+const BEST_IDX: u32 = 1;
 
 /// One way to run a linear task.
 #[derive(Clone, Copy, Debug)]
@@ -202,7 +208,7 @@ fn hidden(rig: &Rig, case: &Case, random: &mut Random, norm: &[f32]) -> Inputs {
 /// What the epilogue makes of a token's products.
 fn finish(case: &Case, products: &[Vec<Near>], old: &[f32]) -> Vec<Near> {
     match case.epilogue {
-        Epilogue::Store => products.concat(),
+        Epilogue::Store | Epilogue::StoreBest => products.concat(),
         Epilogue::AddResidual => {
             let add = |(near, old): (Near, &f32)| {
                 let value = near.value + f64::from(*old);
@@ -244,7 +250,11 @@ fn check(rig: &Rig, case: &Case) -> Vec<u32> {
         Prologue::MergeSplits => merged(rig, case, &mut random),
         _ => hidden(rig, case, &mut random, &norm_values),
     };
-    let counts: &[usize] = if case.epilogue == Epilogue::SiluMul { &[7, 7] } else { &[5, 1, 9] };
+    let counts: &[usize] = match case.epilogue {
+        Epilogue::SiluMul => &[7, 7],
+        Epilogue::StoreBest => &[15],
+        _ => &[5, 1, 9],
+    };
     let mut rows: Vec<Rows> = counts.iter().map(|n| Rows::new(&mut random, case, *n)).collect();
     let strips = case.format.is_blocked().then(|| strips(case, &mut rows));
     let (mut segments, mut first) = ([Segment::default(); 3], 0);
@@ -264,6 +274,7 @@ fn check(rig: &Rig, case: &Case) -> Vec<u32> {
         precision: case.precision,
         residual_age: 0,
         is_announced: false,
+        best_idx: if case.epilogue == Epilogue::StoreBest { BEST_IDX } else { 0 },
         in_dim: case.in_dim,
         x_stride: case.in_dim,
         y_stride: 40,
@@ -289,6 +300,16 @@ fn check(rig: &Rig, case: &Case) -> Vec<u32> {
         assert_eq!(found[out_count..], old[out_count..], "{case:?}: stores beside its columns");
     }
     assert_eq!(y.as_slice()[taken.len() * 40..], old[taken.len() * 40..], "{case:?}: other rows");
+    let bests = rig.heap::<u64>(plan.bests, u64::from(HEAD_TASKS) * case.positions.len() as u64);
+    for (row_idx, row) in bests.as_slice().chunks(HEAD_TASKS as usize).enumerate() {
+        for (idx, best) in row.iter().enumerate() {
+            let is_left = case.epilogue == Epilogue::StoreBest
+                && (idx, row_idx < taken.len()) == (BEST_IDX as usize, true);
+            let of_row = || reference::argmax(&y.as_slice()[row_idx * 40..][..out_count]);
+            let found = (*best != 0).then(|| Best(*best).chosen());
+            assert_eq!(found, is_left.then(|| Some(of_row())), "{case:?}: best {row_idx}, {idx}");
+        }
+    }
     y.as_slice().iter().map(|value| value.to_bits()).collect()
 }
 
@@ -297,7 +318,8 @@ fn check_all(case: &Case) {
     let mut first: Option<Vec<u32>> = None;
     // What multiplies bf16 by bf16 rounds in a way of its own.
     let is_same = (case.format, case.precision) != (WeightFormat::Bf16, Precision::Bf16);
-    Rig::for_each_isa(&dims(case.in_dim, HEADS, 2048), |rig| {
+    let dims = Dims { head_task_count: HEAD_TASKS, ..dims(case.in_dim, HEADS, 2048) };
+    Rig::for_each_isa(&dims, |rig| {
         let bits = check(rig, case);
         assert!(!is_same || *first.get_or_insert(bits.clone()) == bits, "{case:?}: bits differ");
     });
@@ -316,7 +338,9 @@ const STEPS: [&[u32]; 4] =
 #[test]
 fn every_prologue_epilogue_format_and_bias() {
     for (format, precision) in formats() {
-        for epilogue in [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul] {
+        for epilogue in
+            [Epilogue::Store, Epilogue::AddResidual, Epilogue::SiluMul, Epilogue::StoreBest]
+        {
             for prologue in [Prologue::None, Prologue::RmsNorm, Prologue::MergeSplits] {
                 for has_bias in [false, true] {
                     for positions in STEPS {

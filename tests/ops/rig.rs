@@ -115,6 +115,8 @@ pub(crate) fn dims(hidden_dim: u32, heads: [u32; 3], context_max: u32) -> Dims {
         prologue_dim_max: hidden_dim.max(head_count * head_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         is_stamped: 0,
+        head_task_count: 0,
+        reserved: 0,
         kv: KvGeometry { layer_count: 2, slot_count: 3, kv_head_count, context_max, head_dim },
     }
 }

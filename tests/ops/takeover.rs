@@ -28,6 +28,7 @@ fn linear(rig: &Rig, weights: &Memory) -> Task {
         precision: Precision::Exact,
         residual_age: 0,
         is_announced: false,
+        best_idx: 0,
         in_dim: DIM as u32,
         x_stride: DIM as u32,
         y_stride: 40,

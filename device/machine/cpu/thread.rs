@@ -9,6 +9,7 @@ use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
 use super::{InputForm, Isa, Matrix, blocks};
+use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{Attention, Finish, Machine, Rows};
 
@@ -218,6 +219,10 @@ impl Machine for Thread {
             } else {
                 out.as_mut_slice().copy_from_slice(values.as_slice());
             }
+            if !finish.bests.is_empty() {
+                let best = best_of(finish.best_first, out.as_slice());
+                finish.bests.write(token * finish.best_stride, best.0);
+            }
         }
     }
 
@@ -285,16 +290,12 @@ impl Machine for Thread {
     }
 
     fn argmax(&self, values: Span<f32>) -> Option<u32> {
-        let (mut best, mut largest) = (0, f32::NEG_INFINITY);
-        for (index, value) in values.as_slice().iter().enumerate() {
-            if value.is_nan() {
-                return None;
-            }
-            if *value > largest {
-                (best, largest) = (index, *value);
-            }
-        }
-        largest.is_finite().then_some(best as u32)
+        best_of(0, values.as_slice()).chosen()
+    }
+
+    fn best_of(&self, bests: Span<u64>) -> Option<u32> {
+        let best = bests.as_slice().iter().max();
+        best.map_or(Best::NONE, |best| Best(*best)).chosen()
     }
 
     #[inline(always)]
@@ -310,4 +311,10 @@ impl Machine for Thread {
     fn exp(&self, x: f32) -> f32 {
         super::exp(self.isa, x)
     }
+}
+
+/// The best of values whose indices begin at `first`.
+fn best_of(first: u32, values: &[f32]) -> Best {
+    let of = |(index, value): (u32, &f32)| Best::of(*value, index);
+    (first..).zip(values).map(of).max().unwrap_or(Best::NONE)
 }

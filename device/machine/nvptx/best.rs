@@ -1,34 +1,27 @@
 //! The choice of the best value.
 
-use tilert_mk_shared::tile::{COMPUTE_WARPS, REDUCTION};
+use tilert_mk_shared::tile::{COMPUTE_LANES, COMPUTE_WARPS, REDUCTION};
 
 use super::barrier::sync_compute;
-use super::block::{Block, QUAD, TURN, near};
-use super::memory::{Quad, load_shared_word, store_shared_f32, store_shared_word};
+use super::block::{Block, QUAD, TURN};
+use super::memory::{Quad, load_shared_pair, store_shared_pair};
 use super::warp;
+use crate::machine::best::Best;
+use crate::machine::memory::Span;
 
-/// The largest value of some, the first of equal ones.
-pub struct Best {
-    /// Its index.
-    pub index: u32,
-    /// The value.
-    pub value: f32,
-    /// Whether one of the values is not a number.
-    pub is_nan: bool,
+/// Entries of a lane that are in flight together.
+const BESTS_AHEAD: usize = 12;
+
+/// The best that a lane has seen of some values.
+pub struct Seen {
+    best: Best,
+    /// Its value.
+    value: f32,
 }
 
-impl Best {
-    /// Of no values.
-    pub const NONE: Best = Best { index: u32::MAX, value: f32::NEG_INFINITY, is_nan: false };
-
-    /// Looks at one more value, whose index is larger.
-    #[inline(always)]
-    pub fn look(&mut self, value: f32, index: u32) {
-        self.is_nan |= value.is_nan();
-        if value > self.value {
-            (self.index, self.value) = (index, value);
-        }
-    }
+impl Seen {
+    /// Nothing.
+    pub const NOTHING: Seen = Seen { best: Best::NONE, value: f32::NEG_INFINITY };
 
     /// Looks at quads that are `TURN` values apart, from value `first` on, before `end`.
     #[inline(always)]
@@ -45,43 +38,65 @@ impl Best {
             }
         }
     }
+
+    /// Looks at one more value.
+    #[inline(always)]
+    pub fn look(&mut self, value: f32, index: u32) {
+        self.best = self.best.max(Best::of(value, index));
+        self.value = self.value.max(value);
+    }
+
+    /// The best.
+    #[inline(always)]
+    pub fn best(&self) -> Best {
+        self.best
+    }
 }
 
-/// The index of the block's largest value from each lane's; none if a lane saw no number.
+/// The best of what an array of packed entries holds. For all lanes of the block.
 #[inline(always)]
-pub fn best_of_block(block: &Block, lane: Best) -> Option<u32> {
-    let (mut best, mut largest, mut nan) = (lane.index, lane.value, u32::from(lane.is_nan));
-    let mut mask = 16;
-    while mask > 0 {
-        let (other, index) = (warp::exchange(largest, mask), warp::exchange_word(best, mask));
-        nan |= warp::exchange_word(nan, mask);
-        if other > largest || (other == largest && index < best) {
-            (largest, best) = (other, index);
+pub fn best_of(block: &Block, bests: Span<u64>) -> Option<u32> {
+    let mut best = Best::NONE;
+    let mut index = block.thread_idx as usize;
+    while index < bests.len() {
+        let words: [u64; BESTS_AHEAD] = core::array::from_fn(|step| {
+            let index = index + step * COMPUTE_LANES as usize;
+            if index < bests.len() { bests.read(index) } else { Best::NONE.0 }
+        });
+        for word in words {
+            best = best.max(Best(word));
         }
-        mask /= 2;
+        index += BESTS_AHEAD * COMPUTE_LANES as usize;
     }
+    best_of_block(block, best)
+}
+
+/// The best of a warp's lanes, on each of them.
+#[inline(always)]
+pub fn best_of_warp(best: Best) -> Best {
+    let (key, rest) = ((best.0 >> 32) as u32, best.0 as u32);
+    let largest = warp::largest_word(key);
+    let rest = warp::largest_word(if key == largest { rest } else { 0 });
+    Best(u64::from(largest) << 32 | u64::from(rest))
+}
+
+/// The index of the best of all lanes of the block.
+#[inline(always)]
+pub fn best_of_block(block: &Block, best: Best) -> Option<u32> {
+    let place = |warp: u32| block.shared + REDUCTION + warp * 8;
+    let mut best = best_of_warp(best);
     if block.warp_lane() == 0 {
-        let place = block.shared + REDUCTION + block.warp_idx() * 16;
         // SAFETY: this warp's part of the reduction area.
         unsafe {
-            store_shared_f32(place, largest);
-            store_shared_word(place + 4, best);
-            store_shared_word(place + 8, nan);
-        }
+            store_shared_pair(place(block.warp_idx()), [best.0 as u32, (best.0 >> 32) as u32])
+        };
     }
     sync_compute();
-    (best, largest, nan) = (u32::MAX, f32::NEG_INFINITY, 0);
     for warp in 0..COMPUTE_WARPS {
-        let place = block.shared + REDUCTION + warp * 16;
-        let other = near(place, 0);
         // SAFETY: what the warps have stored above.
-        let index = unsafe { load_shared_word(place + 4) };
-        // SAFETY: as above.
-        nan |= unsafe { load_shared_word(place + 8) };
-        if other > largest || (other == largest && index < best) {
-            (largest, best) = (other, index);
-        }
+        let [low, high] = unsafe { load_shared_pair(place(warp)) };
+        best = best.max(Best(u64::from(high) << 32 | u64::from(low)));
     }
     sync_compute();
-    (nan == 0 && largest.is_finite()).then_some(best)
+    best.chosen()
 }

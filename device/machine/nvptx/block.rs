@@ -15,7 +15,7 @@ use tilert_mk_shared::tile::{
 
 use super::attention::Heads;
 use super::barrier::sync_compute;
-use super::best::Best;
+use super::best::Seen;
 use super::compute::Kept;
 use super::header::header;
 use super::inputs::Layout;
@@ -48,17 +48,19 @@ pub struct Kind {
     pub format: WeightFormat,
     /// Whether input rows are kept as parts.
     pub is_narrow: bool,
+    /// Whether they leave the best of their results, if a task says so.
+    pub leaves_best: bool,
     /// The heads of attention.
     pub heads: Heads,
 }
 
 impl Kind {
     /// Of tasks without weights and heads.
-    pub const NONE: Kind = Kind::linear(WeightFormat::F32, false);
+    pub const NONE: Kind = Kind::linear(WeightFormat::F32, false, false);
 
     /// Of linear tasks.
-    pub const fn linear(format: WeightFormat, is_narrow: bool) -> Kind {
-        Kind { format, is_narrow, heads: Heads::Short }
+    pub const fn linear(format: WeightFormat, is_narrow: bool, leaves_best: bool) -> Kind {
+        Kind { format, is_narrow, leaves_best, heads: Heads::Short }
     }
 
     /// Of attention.
@@ -353,7 +355,7 @@ impl Machine for Block {
 
     #[inline(always)]
     fn argmax(&self, values: Span<f32>) -> Option<u32> {
-        let mut best = Best::NONE;
+        let mut seen = Seen::NOTHING;
         // A vocabulary need not be a multiple of four: the rest is looked at one by one.
         let len = values.len() as u32;
         let whole = if values.address() % 16 == 0 { len & !(QUAD - 1) } else { 0 };
@@ -366,16 +368,21 @@ impl Machine for Block {
             let first = base;
             base += BEST_QUADS as u32 * TURN;
             *then = take(base);
-            best.look_at(now, first, whole);
+            seen.look_at(now, first, whole);
             base < whole
         };
         while turn(&quads, &mut others) && turn(&others, &mut quads) {}
         let mut index = whole + self.thread_idx;
         while index < len {
-            best.look(values.read(index as usize), index);
+            seen.look(values.read(index as usize), index);
             index += COMPUTE_LANES;
         }
-        best::best_of_block(self, best)
+        best::best_of_block(self, seen.best())
+    }
+
+    #[inline(always)]
+    fn best_of(&self, bests: Span<u64>) -> Option<u32> {
+        best::best_of(self, bests)
     }
 
     #[inline(always)]

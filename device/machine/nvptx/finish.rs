@@ -1,10 +1,16 @@
 //! What becomes of a task's products.
 
-use tilert_mk_shared::tile::{COMPUTE_LANES, PART_ROWS_MAX, TILE_ROWS_MAX};
+use tilert_mk_shared::tile::{
+    COMPUTE_LANES, COMPUTE_WARPS, GPU_STEP_TOKENS_MAX, PART_ROWS_MAX, TILE_ROWS_MAX, WARP_LANES,
+};
 
+use super::barrier::sync_compute;
+use super::best::best_of_warp;
 use super::block::Block;
 use super::header::header;
+use super::memory::{load_shared_f32, store_shared_f32};
 use super::{divide, multiply, rsqrt, sreg, stamped};
+use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine};
 
@@ -33,17 +39,57 @@ impl Block {
                 let old = if finish.adds { self.old(finish, &out, column) } else { 0.0 };
                 self.finish(finish, token as usize, column as usize, out, old);
             }
+        } else {
+            // As in `for_each`, but the lane's index is read again: registers are scarce in
+            // `multiply`.
+            let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
+            while index < finish.count as u32 * columns {
+                let (token, column) = (index / columns, (index % columns) as usize);
+                let out = out(token as usize);
+                let old =
+                    if finish.adds { self.residual(finish, &out, column as u32) } else { 0.0 };
+                self.finish(finish, token as usize, column, out, old);
+                index += COMPUTE_LANES;
+            }
+        }
+        if self.leaves_best(finish) {
+            self.leave_bests(finish);
+        }
+    }
+
+    #[inline(always)]
+    fn leaves_best(&self, finish: &Finish) -> bool {
+        self.kind.leaves_best && !finish.bests.is_empty()
+    }
+
+    /// Leaves the best of each token's results, which are in the places of their products: a warp for
+    /// each token.
+    #[inline(always)]
+    fn leave_bests(&self, finish: &Finish) {
+        const { assert!(GPU_STEP_TOKENS_MAX <= COMPUTE_WARPS) };
+        sync_compute();
+        let token = self.warp_idx();
+        if token >= finish.count as u32 {
             return;
         }
-        // As in `for_each`, but the lane's index is read again: registers are scarce in `multiply`.
-        let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
-        while index < finish.count as u32 * columns {
-            let (token, column) = (index / columns, (index % columns) as usize);
-            let out = out(token as usize);
-            let old = if finish.adds { self.residual(finish, &out, column as u32) } else { 0.0 };
-            self.finish(finish, token as usize, column, out, old);
-            index += COMPUTE_LANES;
+        let (mut best, mut column) = (Best::NONE, self.warp_lane());
+        while column < finish.len as u32 {
+            let place = multiply::place(self, self.product_idx(finish, token, column));
+            // SAFETY: a result that a lane has left before the barrier.
+            let value = unsafe { load_shared_f32(place) };
+            best = best.max(Best::of(value, finish.best_first + column));
+            column += WARP_LANES;
         }
+        let best = best_of_warp(best);
+        if self.warp_lane() == 0 {
+            finish.bests.write(token as usize * finish.best_stride, best.0);
+        }
+    }
+
+    /// Index of a product of `finish`, see `multiply::product`.
+    #[inline(always)]
+    fn product_idx(&self, finish: &Finish, token: u32, column: u32) -> u32 {
+        (finish.first as u32 + column) * finish.count as u32 + token
     }
 
     /// Token and column of this lane's product, of at most `PART_ROWS_MAX` tokens.
@@ -83,17 +129,21 @@ impl Block {
                 rsqrt(mean + header().dims.rms_norm_eps)
             }
         };
-        let product = |row: usize, bias: Span<f32>| {
-            let sum = multiply::product(self, row as u32 * finish.count as u32 + token as u32);
-            let sum = sum * scale;
+        let index = self.product_idx(finish, token as u32, column as u32);
+        let product = |index: u32, bias: Span<f32>| {
+            let sum = multiply::product(self, index) * scale;
             if bias.is_empty() { sum } else { sum + bias.read(column) }
         };
-        let mut value = product(finish.first + column, finish.bias);
+        let mut value = product(index, finish.bias);
         if finish.is_gated {
-            let up = product(finish.first + finish.len + column, finish.up_bias);
+            let up = product(index + (finish.len * finish.count) as u32, finish.up_bias);
             value = divide(value, 1.0 + self.exp(-value)) * up;
         }
         let value = if finish.adds { old + value } else { value };
+        if self.leaves_best(finish) {
+            // SAFETY: the first of the product's partial sums, which this lane alone reads.
+            unsafe { store_shared_f32(multiply::place(self, index), value) };
+        }
         let address = out.address() + column as u64 * 4;
         stamped::store(address, value, stamped::output_stamp(self));
     }

@@ -41,8 +41,8 @@ pub fn merge_heads<const N: usize>(
         });
         let mut first = 0;
         while first < count {
-            let is_begin = row == 0 && first == 0 && base == start;
-            let looks = if is_begin { Looks::AfterHint } else { Looks::AtOnce };
+            let waits = !block.kind.is_narrow && row == 0 && first == 0 && base == start;
+            let looks = if waits { Looks::AfterHint } else { Looks::AtOnce };
             let requested = stamped::wait(block, looks, || {
                 let words = merges.map(|merge| merge.request(first, count, pitch, stamp));
                 let difference = stamped::difference(words.as_flattened().as_flattened(), stamp);

@@ -36,15 +36,26 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
     sync_compute();
 }
 
+/// Warps that share a product.
+#[inline(always)]
+const fn sharers(format: WeightFormat) -> u32 {
+    if format as u16 == F16 { 4 } else { COMPUTE_WARPS }
+}
+
+/// Where the partial sums of the product at `index` of `[rows, tokens]` begin.
+#[inline(always)]
+pub fn place(block: &Block, index: u32) -> u32 {
+    block.shared + PARTIALS + index * sharers(block.kind.format) * 4
+}
+
 /// The product at `index` of `[rows, tokens]`: the warps' partial sums, in their order.
 #[inline(always)]
 pub fn product(block: &Block, index: u32) -> f32 {
-    let warps = if block.kind.format == WeightFormat::F16 { 4 } else { COMPUTE_WARPS };
-    let first = block.shared + PARTIALS + index * warps * 4;
+    let first = place(block, index);
     // SAFETY: partial sums that the warps have left before the last barrier.
     let [a, b, c, d] = unsafe { load_shared(first) };
     let sum = a + b + c + d;
-    if warps == 4 {
+    if sharers(block.kind.format) == 4 {
         return sum;
     }
     // SAFETY: as above.

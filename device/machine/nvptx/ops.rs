@@ -27,7 +27,13 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
         Opcode::Linear => match LinearArgs::unpack(claim.task).format {
             WeightFormat::F32 => linear_f32(slot),
             WeightFormat::F16 => linear_f16(slot),
-            WeightFormat::Bf16 if has_few_rows(worker, claim.task, slot) => linear_bf16(slot),
+            WeightFormat::Bf16 if has_few_rows(worker, claim.task, slot) => {
+                if LinearArgs::unpack(claim.task).leaves_best() {
+                    head_bf16(slot);
+                } else {
+                    linear_bf16(slot);
+                }
+            }
             WeightFormat::Bf16 => linear_bf16_wide(slot),
             // The host does not make such programs for a GPU.
             WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
@@ -96,10 +102,11 @@ macro_rules! op {
 
 op!(admit, Admit, Kind::NONE);
 op!(embed, Embed, Kind::NONE);
-op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false));
-op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false));
-op!(linear_bf16, Linear, Kind::linear(WeightFormat::Bf16, true));
-op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false));
+op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false, true));
+op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
+op!(linear_bf16, Linear, Kind::linear(WeightFormat::Bf16, true, false));
+op!(head_bf16, Linear, Kind::linear(WeightFormat::Bf16, true, true));
+op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
 op!(attention_short, Attention, Kind::attention(Heads::Short));
 op!(attention_pairs, Attention, Kind::attention(Heads::Pairs));
 op!(attention, Attention, Kind::attention(Heads::Middle));

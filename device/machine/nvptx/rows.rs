@@ -13,6 +13,8 @@ use crate::machine::memory::Span;
 
 /// Loads of a lane that are in flight together in a copy.
 const COPY_QUADS: usize = 8;
+/// Words of all rows of which a copy looks at once.
+const FEW_WORDS: u32 = 4096;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
 /// See `Machine::norm_ahead`.
@@ -23,7 +25,8 @@ impl Block {
     #[inline(always)]
     pub fn copy_rows(&self, from: Rows, count: usize, dim: u32, to: Rows) {
         let stamp = stamped::input_stamp(self, 0);
-        let mut looks = Looks::AfterHint;
+        let is_few = count as u32 * dim <= FEW_WORDS;
+        let mut looks = if is_few { Looks::AtOnce } else { Looks::AfterHint };
         for row in 0..count as u32 {
             let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
             let mut base = self.thread_idx * QUAD;

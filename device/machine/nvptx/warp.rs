@@ -40,6 +40,18 @@ pub fn take_word(value: u32, source: u32) -> u32 {
     other
 }
 
+/// The largest word of all lanes, on each of them.
+#[inline(always)]
+pub fn largest_word(value: u32) -> u32 {
+    let largest: u32;
+    // SAFETY: all 32 lanes call this together.
+    unsafe {
+        asm!("redux.sync.max.u32 {l}, {v}, 0xffffffff;", l = out(reg32) largest,
+             v = in(reg32) value, options(nomem, nostack));
+    }
+    largest
+}
+
 /// The sum over all lanes, on each of them.
 #[inline(always)]
 pub fn sum(mut value: f32) -> f32 {
