@@ -43,7 +43,7 @@ pub fn run() {
     }
 }
 
-/// Runs the next task; false if the block stops.
+/// Runs the next task, and those that follow and are like it; false if the block stops.
 #[inline(always)]
 fn turn() -> bool {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
@@ -51,42 +51,95 @@ fn turn() -> bool {
     let (position, progress) = saved(place(shared, thread_idx));
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     block.lead_word.set(position >> 16);
-    let tasks = RingCursor::tasks(shared);
-    tasks.go_to(position & 0xff, position >> 8 & 1);
+    let tasks = next_task(shared, position);
     // SAFETY: as in `run`.
     let worker =
         unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
 
     tasks.wait_full();
-    let slot = shared + TASK_SLOTS + tasks.index() * TASK_SLOT_BYTES;
-    // SAFETY: words of the slot, which is full: the loading warp does not touch it.
-    let (task_idx, epoch) = unsafe {
-        (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
-    };
+    let slot = slot_of(shared, &tasks);
+    let (task_idx, epoch) = task_in(slot);
     if task_idx == NO_TASK {
         return false;
     }
     // SAFETY: the record in the slot, likewise; slots are aligned to 128 bytes and more.
     let task = unsafe { &*(generic(slot) as *const Task) };
     block.slot.set(slot);
-    if thread_idx == 0 {
-        // For whoever looks at a block that has stopped.
-        // SAFETY: a word of the block's memory.
-        unsafe { store_shared_word(shared + TASK_WORD, task_idx) };
-    }
     let now_ns = worker.trace_ns();
     let claim = Claim::new(task, task_idx, epoch);
     if worker.wait(&claim, || false).is_err() {
         return false;
     }
-    worker.start(&claim, now_ns, now_ns);
-    tasks.advance();
-    save(&worker, &tasks, slot);
+    begin(&worker, &claim, now_ns, &tasks, slot);
     if worker.run_op(&claim).is_err() {
         return false;
     }
     finish();
     true
+}
+
+/// Ends the task whose op has run in this step and begins the next one, if that is ready to run and
+/// `is_alike` says so of its slot; its slot, or none if the task is yet to be ended.
+#[inline(always)]
+pub fn follow(is_alike: impl FnOnce(u32, &Task) -> bool) -> Option<u32> {
+    let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
+    let (position, progress) = saved(place(shared, thread_idx));
+    let tasks = next_task(shared, position);
+    // The loading warp does not wait for the end of a task before it fills the next slot.
+    tasks.wait_full();
+    let slot = slot_of(shared, &tasks);
+    let (task_idx, epoch) = task_in(slot);
+    // SAFETY: the record in the slot, as in `turn`; nothing but a word of it if it is none.
+    let task = unsafe { &*(generic(slot) as *const Task) };
+    let is_ready = epoch == progress.kept_epoch
+        && (task.waits_itself() || task.wait_event == progress.complete);
+    if task_idx == NO_TASK || !is_ready || !is_alike(slot, task) {
+        return None;
+    }
+    finish();
+    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    block.lead_word.set(position >> 16);
+    // SAFETY: as in `run`.
+    let worker =
+        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
+    let now_ns = worker.trace_ns();
+    begin(&worker, &Claim::new(task, task_idx, epoch), now_ns, &tasks, slot);
+    Some(slot)
+}
+
+/// The ring of tasks at the task that `position` names.
+#[inline(always)]
+fn next_task(shared: u32, position: u32) -> RingCursor {
+    let tasks = RingCursor::tasks(shared);
+    tasks.go_to(position & 0xff, position >> 8 & 1);
+    tasks
+}
+
+/// The slot at a position of the ring of tasks.
+#[inline(always)]
+fn slot_of(shared: u32, tasks: &RingCursor) -> u32 {
+    shared + TASK_SLOTS + tasks.index() * TASK_SLOT_BYTES
+}
+
+/// Index and step of the task in a full slot.
+#[inline(always)]
+fn task_in(slot: u32) -> (u32, u32) {
+    // SAFETY: words of the slot, which is full: the loading warp does not touch it.
+    let [task_idx, epoch] = unsafe { load_shared_pair(slot + RECORD_BYTES) };
+    (task_idx, epoch)
+}
+
+/// Notes that a task's op begins, and what the turn's end and the next turn need.
+#[inline(always)]
+fn begin(worker: &Worker<Block>, claim: &Claim, now_ns: u64, tasks: &RingCursor, slot: u32) {
+    if worker.machine.thread_idx == 0 {
+        // For whoever looks at a block that has stopped.
+        // SAFETY: a word of the block's memory.
+        unsafe { store_shared_word(worker.machine.shared + TASK_WORD, claim.task_idx) };
+    }
+    worker.start(claim, now_ns, now_ns);
+    tasks.advance();
+    save(worker, tasks, slot);
 }
 
 /// The position in the ring of tasks, and progress, as `save` has left them.

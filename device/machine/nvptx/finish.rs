@@ -14,6 +14,13 @@ use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine};
 
+/// A product of a lane. Not an `Option`: what is undefined in it would be kept from task to task.
+struct Item {
+    token: u32,
+    column: u32,
+    is_there: bool,
+}
+
 impl Block {
     /// With few rows each lane has at most one product: it asks for what that is added to.
     #[inline(always)]
@@ -21,7 +28,8 @@ impl Block {
         if !self.kind.is_narrow || !finish.adds {
             return;
         }
-        if let Some((token, column)) = self.item(finish) {
+        let Item { token, column, is_there } = self.item(finish);
+        if is_there {
             let address = out(token as usize).address() + u64::from(column) * 4;
             let place = stamped::place(&header(), address);
             // SAFETY: a word of the output. The statement keeps the load here, well before its value
@@ -34,7 +42,8 @@ impl Block {
     #[inline(always)]
     pub fn store_finished(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
         if self.kind.is_narrow {
-            if let Some((token, column)) = self.item(finish) {
+            let Item { token, column, is_there } = self.item(finish);
+            if is_there {
                 let out = out(token as usize);
                 let old = if finish.adds { self.old(finish, &out, column) } else { 0.0 };
                 self.finish(finish, token as usize, column as usize, out, old);
@@ -92,14 +101,14 @@ impl Block {
         (finish.first as u32 + column) * finish.count as u32 + token
     }
 
-    /// Token and column of this lane's product, of at most `PART_ROWS_MAX` tokens.
+    /// This lane's product, of at most `PART_ROWS_MAX` tokens.
     #[inline(always)]
-    fn item(&self, finish: &Finish) -> Option<(u32, u32)> {
+    fn item(&self, finish: &Finish) -> Item {
         const { assert!(PART_ROWS_MAX == 2 && PART_ROWS_MAX * TILE_ROWS_MAX <= COMPUTE_LANES) };
         let len = finish.len as u32;
         let token = u32::from(self.thread_idx >= len);
         let is_there = self.thread_idx < len * finish.count as u32;
-        is_there.then_some((token, self.thread_idx - token * len))
+        Item { token, column: self.thread_idx.wrapping_sub(token * len), is_there }
     }
 
     /// What is added to the product of a column of `out`.

@@ -4,8 +4,9 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
+use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
-use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
+use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS, STEP};
 
 use super::attention::Heads;
 use super::block::{Block, Kind};
@@ -13,7 +14,7 @@ use super::compute::Kept;
 use super::digest::Digest;
 use super::loader::{RECORD_BYTES, header};
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
-use super::{sreg, stamped};
+use super::{compute, sreg, stamped};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Runs the op of the task in the block's slot.
@@ -27,7 +28,7 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
         Opcode::Linear => match LinearArgs::unpack(claim.task).format {
             WeightFormat::F32 => linear_f32(slot),
             WeightFormat::F16 => linear_f16(slot),
-            WeightFormat::Bf16 if has_few_rows(worker, claim.task, slot) => {
+            WeightFormat::Bf16 if has_few_rows(claim.task, slot) => {
                 if LinearArgs::unpack(claim.task).leaves_best() {
                     head_bf16(slot);
                 } else {
@@ -46,17 +47,33 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
         },
         Opcode::Sample => sample(slot),
     }
+    if has_stopped() { Err(Stopped) } else { Ok(()) }
+}
+
+/// Whether the computing warps know that the device stops.
+#[inline(always)]
+fn has_stopped() -> bool {
     // SAFETY: a word of the block's memory.
-    let has_stopped = unsafe { load_shared_word(shared_base() + NOTICE_WORD) } != 0;
-    if has_stopped { Err(Stopped) } else { Ok(()) }
+    unsafe { load_shared_word(shared_base() + NOTICE_WORD) != 0 }
 }
 
 /// Whether the input rows of the linear task in `slot` are kept as parts.
 #[inline(always)]
-fn has_few_rows(worker: &Worker<Block>, task: &Task, slot: u32) -> bool {
-    let step_view = crate::ops::step(worker);
-    let step = step_view.get(0);
-    step.row_count(LinearArgs::unpack(task).token_rows) <= Digest::read(slot).narrow_rows_max
+fn has_few_rows(task: &Task, slot: u32) -> bool {
+    let rows = LinearArgs::unpack(task).token_rows;
+    // SAFETY: the copy of the step that `keep_step` has made.
+    let step = unsafe { &*(generic(shared_base() + STEP) as *const StepState) };
+    step.row_count(rows) <= Digest::read(slot).narrow_rows_max
+}
+
+/// Whether the task in `slot` is a linear one of `kind`, which is of bf16 weights and few rows.
+#[inline(always)]
+fn is_alike(slot: u32, task: &Task, kind: Kind) -> bool {
+    let args = LinearArgs::unpack(task);
+    task.opcode == Opcode::Linear as u16
+        && args.format == WeightFormat::Bf16
+        && args.leaves_best() == kind.leaves_best
+        && has_few_rows(task, slot)
 }
 
 /// Runs an op on a worker made from the slot. What it leaves behind goes to shared memory: results
@@ -100,12 +117,35 @@ macro_rules! op {
     };
 }
 
+/// The same for linear tasks of bf16 weights and few rows: goes on with those that follow, since a turn
+/// of the loop takes as long as a short task's product.
+macro_rules! ops {
+    ($name:ident, $kind:expr) => {
+        #[inline(never)]
+        fn $name(slot: u32) {
+            let mut slot = slot;
+            loop {
+                with_worker(slot, Opcode::Linear, $kind);
+                let next = if has_stopped() {
+                    None
+                } else {
+                    compute::follow(|slot, task| is_alike(slot, task, $kind))
+                };
+                match next {
+                    Some(next) => slot = sreg::fresh(next),
+                    None => return,
+                }
+            }
+        }
+    };
+}
+
 op!(admit, Admit, Kind::NONE);
 op!(embed, Embed, Kind::NONE);
 op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false, true));
 op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
-op!(linear_bf16, Linear, Kind::linear(WeightFormat::Bf16, true, false));
-op!(head_bf16, Linear, Kind::linear(WeightFormat::Bf16, true, true));
+ops!(linear_bf16, Kind::linear(WeightFormat::Bf16, true, false));
+ops!(head_bf16, Kind::linear(WeightFormat::Bf16, true, true));
 op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
 op!(attention_short, Attention, Kind::attention(Heads::Short));
 op!(attention_pairs, Attention, Kind::attention(Heads::Pairs));
