@@ -2,7 +2,7 @@
 
 use tilert_mk_shared::event::{EventId, target};
 use tilert_mk_shared::fault::FaultCode;
-use tilert_mk_shared::task::Opcode;
+use tilert_mk_shared::task::{Opcode, SampleArgs, Task};
 
 use crate::event;
 use crate::machine::Machine;
@@ -33,7 +33,10 @@ impl<M: Machine> Worker<'_, M> {
             // `Admit` waits for the previous step's end.
             let epoch = if is_admit { epoch.wrapping_sub(1) } else { epoch };
             let goal = Goal { event, count, epoch };
-            let wait = || u32::from(self.wait_leading(claim, &goal, &is_moot).is_err());
+            let wait = || {
+                let mut goals = [self.also(task, epoch), Some(goal)].into_iter().flatten();
+                u32::from(goals.any(|goal| self.wait_leading(claim, &goal, &is_moot).is_err()))
+            };
             if self.machine.lead(wait) != 0 {
                 return Err(Stopped);
             }
@@ -47,6 +50,16 @@ impl<M: Machine> Worker<'_, M> {
             self.machine.keep_step(self.heap(self.header().plan.step, 1));
         }
         Ok(())
+    }
+
+    /// What a task waits for beside its event, see `SampleArgs::also_event`.
+    #[inline(always)]
+    fn also(&self, task: &Task, epoch: u32) -> Option<Goal> {
+        if !M::HAS_STAMPS || task.opcode != Opcode::Sample as u16 {
+            return None;
+        }
+        let SampleArgs { also_event: event, also_count: count } = SampleArgs::unpack(task);
+        event.is_some().then_some(Goal { event, count, epoch })
     }
 
     #[inline(always)]

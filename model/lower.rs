@@ -15,8 +15,8 @@ use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Segment, Task, TokenRows,
-    WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, SampleArgs, Segment, Task,
+    TokenRows, WeightFormat,
 };
 
 use crate::config::ModelConfig;
@@ -207,6 +207,8 @@ struct Builder<'a> {
     costs: Vec<StageCosts>,
     rows_max: u32,
     head_task_count: u32,
+    /// Event of the stage before the head's.
+    before_head: EventId,
     /// Event of the stage that has left the residual stream.
     residual: EventId,
 }
@@ -224,6 +226,7 @@ impl<'a> Builder<'a> {
             costs: Vec::new(),
             rows_max: 1,
             head_task_count: 0,
+            before_head: EventId::NONE,
             residual: EventId::NONE,
         }
     }
@@ -240,6 +243,11 @@ impl<'a> Builder<'a> {
         self.names.push(name);
     }
 
+    /// Signals that an event gets in a step.
+    fn arrivals(&self, event: EventId) -> u32 {
+        self.event_arrivals.get(event.0 as usize).copied().unwrap_or(0)
+    }
+
     /// A new event.
     fn event(&mut self) -> EventId {
         self.event_arrivals.push(0);
@@ -251,7 +259,8 @@ impl<'a> Builder<'a> {
         let mut ready = BEGIN;
         for (idx, operator) in graph.operators.iter().enumerate() {
             let done = self.event();
-            // Tasks that look at the stamps of all they read need no more than a hint.
+            // Tasks that look at the stamps of all they read need no more than a hint; for what the
+            // head reads, `Sample` waits too.
             let is_announced = graph.operators.get(idx + 1).is_some_and(|next| match &next.kind {
                 Kind::Linear(linear) => linear.token_rows == TokenRows::All,
                 Kind::Attention { .. } => true,
@@ -278,7 +287,9 @@ impl<'a> Builder<'a> {
             }
             ready = done;
         }
-        self.push(Task::new(Opcode::Sample), ready, END, "sample".into());
+        let (also_event, also_count) = (self.before_head, self.arrivals(self.before_head));
+        let args = SampleArgs { also_event, also_count };
+        self.push(args.pack(), ready, END, "sample".into());
         // `Admit` was pushed before its event had a signaller.
         self.tasks[0].wait_count = self.event_arrivals[END.0 as usize];
         self.place();
@@ -291,6 +302,9 @@ impl<'a> Builder<'a> {
         let residual_age = if adds { edge.wait.0 - self.residual.0 } else { 0 };
         let stored_row_bytes = self.options.stored_format.row_bytes(linear.in_dim);
         let leaves_best = linear.epilogue == Epilogue::StoreBest;
+        if leaves_best {
+            self.before_head = edge.wait;
+        }
         let stage_idx = self.costs.len() as u32;
         let mut costs = StageCosts::new();
         for (tile_idx, rows) in (0u32..).zip(self.tiles(linear)) {

@@ -218,8 +218,7 @@ impl Task {
     pub const fn waits_itself(&self) -> bool {
         match Opcode::from_raw(self.opcode) {
             Some(Opcode::Attention) => true,
-            // Without rows a task reads nothing, and so learns nothing of the stage before.
-            Some(Opcode::Linear) => matches!(token_rows(self.flags), TokenRows::All),
+            Some(Opcode::Linear) => true,
             _ => false,
         }
     }
@@ -467,6 +466,33 @@ impl AttentionArgs {
     }
 }
 
+/// Arguments of `Opcode::Sample`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SampleArgs {
+    /// Event of the stage before the head's, `NONE` if nothing computes logits. In a step without logits
+    /// the head's tasks read nothing; where others do not wait for events either (`Task::waits_itself`),
+    /// it is this task that waits for that stage, so that whatever comes after it comes after all.
+    pub also_event: EventId,
+    /// Arrivals of that event in each step.
+    pub also_count: u32,
+}
+
+impl SampleArgs {
+    /// The task record with these arguments and no events.
+    pub const fn pack(&self) -> Task {
+        let mut task = Task::new(Opcode::Sample);
+        task.words[0] = self.also_event.0;
+        task.words[1] = self.also_count;
+        task
+    }
+
+    /// The arguments of a sampling task.
+    #[inline]
+    pub const fn unpack(task: &Task) -> SampleArgs {
+        SampleArgs { also_event: EventId(task.words[0]), also_count: task.words[1] }
+    }
+}
+
 /// Arguments of `Opcode::Embed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct EmbedArgs {
@@ -548,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn attention_and_embed_args_survive_packing() {
+    fn other_args_survive_packing() {
         let attention = AttentionArgs {
             layer_idx: 1,
             kv_head_idx: 2,
@@ -563,5 +589,7 @@ mod tests {
         assert_eq!(AttentionArgs::unpack(&attention.pack()), attention);
         let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };
         assert_eq!(EmbedArgs::unpack(&embed.pack()), embed);
+        let sample = SampleArgs { also_event: EventId(12), also_count: 13 };
+        assert_eq!(SampleArgs::unpack(&sample.pack()), sample);
     }
 }

@@ -2,7 +2,7 @@
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::program::{Dims, HeapPlan};
-use tilert_mk_shared::task::{Opcode, Task};
+use tilert_mk_shared::task::{Opcode, SampleArgs, Task};
 
 use super::{BEGIN, CONTROL_HOME, END, LowerError, LowerOptions, Program, lower};
 use crate::config::ModelConfig;
@@ -41,6 +41,10 @@ pub fn lower_empty(
         ready = done;
     }
     steps.push(Opcode::Sample, [ready, END], CONTROL_HOME, "sample".into());
+    let nothing = SampleArgs { also_event: EventId::NONE, also_count: 0 }.pack();
+    if let Some(sample) = steps.tasks.last_mut() {
+        sample.words = nothing.words;
+    }
     // A worker without any task would end, which the host takes for a fault.
     for worker in (0..workers).filter(|worker| !steps.homes.contains(worker)).collect::<Vec<_>>() {
         let name = format!("idle worker {worker}");

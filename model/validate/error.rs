@@ -58,6 +58,14 @@ pub enum ValidateError {
         /// The event.
         event: u32,
     },
+    /// What waits for a task that may have no rows does not also wait for what that task would read.
+    #[error("without rows `{task}` does not look for event {event}, and nothing after it does")]
+    Unseen {
+        /// The task.
+        task: String,
+        /// The event.
+        event: u32,
+    },
     /// A task says that what it adds to is of another stage than any can be.
     #[error("task `{task}` adds to what event {age} before its own has left")]
     ResidualAge {

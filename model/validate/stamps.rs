@@ -1,7 +1,9 @@
 //! Stamped values: every read expects the stamp that the last writer has left, and whoever an
 //! announced task hints to looks at stamps.
 
-use tilert_mk_shared::task::{Epilogue, LinearArgs, Opcode, RESIDUAL_AGE_MAX};
+use tilert_mk_shared::task::{
+    Epilogue, LinearArgs, Opcode, RESIDUAL_AGE_MAX, SampleArgs, Task, TokenRows,
+};
 
 use super::access::Region;
 use super::error::ValidateError;
@@ -17,6 +19,24 @@ pub(super) fn check(program: &Program, order: &Order) -> Result<(), ValidateErro
     for task in program.tasks.iter().filter(|task| task.wait_event.is_some()) {
         let looks = &mut is_hint[task.wait_event.0 as usize];
         *looks = Some(looks.unwrap_or(true) && task.waits_itself());
+    }
+    // Without rows a task looks at nothing, and so learns nothing of the stage before: what waits for
+    // it waits for that stage too.
+    for (task_idx, task) in (0u32..).zip(&program.tasks) {
+        let is_linear = task.opcode == Opcode::Linear as u16;
+        if is_linear && LinearArgs::unpack(task).token_rows == TokenRows::Logits {
+            is_hint[task.wait_event.0 as usize] = Some(false);
+            let goal = (task.wait_event, task.wait_count);
+            let waits = |other: &&Task| other.wait_event == task.signal_event;
+            let is_seen = program.tasks.iter().filter(waits).all(|other| {
+                let SampleArgs { also_event, also_count } = SampleArgs::unpack(other);
+                other.opcode == Opcode::Sample as u16 && (also_event, also_count) == goal
+            });
+            if !is_seen {
+                let (task, event) = (name(program, task_idx), task.wait_event.0);
+                return Err(ValidateError::Unseen { task, event });
+            }
+        }
     }
     let stores = [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16);
     for (task_idx, task) in (0u32..).zip(&program.tasks) {

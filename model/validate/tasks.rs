@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Prologue, Segment, Task,
-    TokenRows, WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Prologue, SampleArgs,
+    Segment, Task, TokenRows, WeightFormat,
 };
 
 use super::access::{Accesses, Region};
@@ -120,7 +120,11 @@ impl<'a> Checker<'a> {
             Opcode::Attention => return self.attention(task_idx, task),
             Opcode::Embed => return self.embed(task),
             Opcode::Admit => self.accesses.admit(),
-            Opcode::Sample => self.accesses.sample(self.dims),
+            Opcode::Sample => {
+                canonical(task, &SampleArgs::unpack(task).pack(), Opcode::Sample)?;
+                self.accesses.sample(self.dims);
+                return Ok(());
+            }
             Opcode::Empty => {}
         }
         canonical(task, &Task::new(opcode), opcode)

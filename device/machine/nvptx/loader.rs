@@ -14,8 +14,8 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, HEADER, NOTICE_WORD, PAGE_BYTES,
-    STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT,
-    TASK_SLOTS, TASK_WORD, WARP_LANES, page_rows, ring,
+    STAGE_WORD, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES,
+    TASK_SLOT_COUNT, TASK_SLOTS, TASK_WORD, WARP_LANES, page_rows, ring,
 };
 
 use super::block::Block;
@@ -25,10 +25,13 @@ use super::memory::{generic, load_shared_word, store_shared_word};
 use super::{barrier, copy, warp};
 use crate::worker::Worker;
 
-/// Copies under way at once in a block. More fill the queues of the memory system, in which events
-/// and activations then wait behind weights.
+/// Copies of weights of the stage that runs which are under way at once in a block. More fill the queues
+/// of the memory system, in which events and activations then wait behind weights.
 #[cfg(tilert_sm90)]
 const COPY_COUNT_MAX: u32 = 2;
+/// The same if the copy to begin is of a later stage: blocks that are behind go first.
+#[cfg(tilert_sm90)]
+const COPY_COUNT_AHEAD: u32 = 1;
 /// Bytes of a cache line.
 const LINE_BYTES: u32 = 128;
 /// Offset of the time that a wait may take.
@@ -184,16 +187,20 @@ impl PageCursor {
         self.ring.go_to(index, parity);
     }
 
-    /// Waits until fewer than `COPY_COUNT_MAX` copies are under way; one more begins now.
+    /// Waits until fewer copies are under way than may be; one more begins now, of a task that signals
+    /// `event`.
     #[cfg(tilert_sm90)]
     #[inline(always)]
-    fn limit_copies(&self) {
-        if self.copy_count.get() < COPY_COUNT_MAX {
-            self.copy_count.set(self.copy_count.get() + 1);
-        } else {
+    fn limit_copies(&self, stage_word: u32, event: u32) {
+        // SAFETY: a word of the block's memory.
+        let is_now = unsafe { load_shared_word(stage_word) } == event;
+        let limit = if is_now { COPY_COUNT_MAX } else { COPY_COUNT_AHEAD };
+        while self.copy_count.get() >= limit {
             self.oldest.wait_full();
             self.oldest.advance();
+            self.copy_count.set(self.copy_count.get() - 1);
         }
+        self.copy_count.set(self.copy_count.get() + 1);
     }
 
     /// Shared address of the page.
@@ -253,6 +260,7 @@ pub fn init(shared: u32, page_count: u32) {
     unsafe {
         store_shared_word(shared + STOP_WORD, 0);
         store_shared_word(shared + TASK_WORD, 0);
+        store_shared_word(shared + STAGE_WORD, 0);
         store_shared_word(shared + NOTICE_WORD, 0);
     }
     barrier::fence_init();
@@ -295,7 +303,7 @@ pub fn load(worker: &Worker<Block>) {
         }
         request_norm(worker, lane, task);
         let goes_on = if is_packed {
-            stream_packed(block, lane, packed(&args))
+            stream_packed(block, lane, packed(&args), task.signal_event.0)
         } else {
             stream(block, lane, task)
         };
@@ -407,7 +415,7 @@ fn packed(args: &LinearArgs) -> Weights {
 /// Fills pages with a task's packed weights; false if the block stops.
 #[cfg(tilert_sm90)]
 #[inline(always)]
-fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
+fn stream_packed(block: &Block, lane: u32, weights: Weights, event: u32) -> bool {
     let pages = &block.pages;
     let Weights { mut from, bytes: mut left, page_bytes } = weights;
     let mut goes_on = true;
@@ -418,7 +426,7 @@ fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
             if !goes_on {
                 break;
             }
-            pages.limit_copies();
+            pages.limit_copies(block.shared + STAGE_WORD, event);
             let (full, bytes) = (pages.ring.full(), page_bytes.min(left));
             // SAFETY: an initialised barrier, and a copy of as many bytes. Weights are bound, and
             // multiples of 16 bytes; the page is empty until its barrier says otherwise.
@@ -438,7 +446,7 @@ fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
 /// The same on older chips, where all lanes copy.
 #[cfg(not(tilert_sm90))]
 #[inline(always)]
-fn stream_packed(block: &Block, lane: u32, weights: Weights) -> bool {
+fn stream_packed(block: &Block, lane: u32, weights: Weights, _event: u32) -> bool {
     let Weights { mut from, bytes: mut left, page_bytes } = weights;
     while left > 0 {
         if !take_empty(block, lane, &block.pages.ring) {
