@@ -204,7 +204,7 @@ impl Device for PtxDevice {
             for pair in regions.windows(2) {
                 let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
                 vm.name_range(heap + first, end - first, name).map_err(wrap)?;
-                if matches!(name, "sequences" | "events" | "stamped") {
+                if matches!(name, "sequences" | "mailbox_view" | "events" | "stamped") {
                     vm.fill(heap + first, 0, end - first).map_err(wrap)?;
                 }
             }
