@@ -239,9 +239,10 @@ fn combine<const B: usize, const Q: usize>(
     let dim = 2 * lane.half;
     let [_, out] = Places::KeyNormAndOut.get(lane);
     let row = (pass.query + query) * ATTENTION_SPLIT_MAX + pass.split;
+    let stamp = stamped::output_stamp(block);
     let leave = |column: u32, value: f32| {
         let address = out + u64::from(row * split_values + column) * 4;
-        stamped::Target::new(block, address).store(value);
+        stamped::store(address, value, stamp);
     };
     let mut column = part * WARP_LANES + lane.lane();
     while column < dim {

@@ -9,8 +9,7 @@ use super::best::best_of_warp;
 use super::block::Block;
 use super::header::header;
 use super::memory::{load_shared_f32, store_shared_f32};
-use super::stamped::{self, Target};
-use super::{divide, multiply, rsqrt, sreg};
+use super::{divide, multiply, rsqrt, sreg, stamped};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{Finish, Machine};
@@ -20,30 +19,6 @@ struct Item {
     token: u32,
     column: u32,
     is_there: bool,
-}
-
-/// What a product is combined with.
-struct More {
-    /// See `Block::scale`.
-    scale: f32,
-    /// What it is added to.
-    old: f32,
-    /// Its bias, and that of the product it is multiplied by, if there are any.
-    biases: [f32; 2],
-}
-
-impl More {
-    const NOTHING: More = More { scale: 1.0, old: 0.0, biases: [0.0; 2] };
-
-    /// The biases of a product.
-    #[inline(always)]
-    fn new(finish: &Finish, item: &Item) -> More {
-        let bias = |bias: Span<f32>| {
-            if bias.is_empty() { 0.0 } else { bias.read(item.column as usize) }
-        };
-        let up_bias = if finish.is_gated { bias(finish.up_bias) } else { 0.0 };
-        More { biases: [bias(finish.bias), up_bias], ..More::NOTHING }
-    }
 }
 
 impl Block {
@@ -63,61 +38,32 @@ impl Block {
         }
     }
 
-    /// Finishes and stores products, once the block has met.
+    /// Finishes and stores products.
     #[inline(always)]
     pub fn store_finished(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
         if self.kind.is_narrow {
-            self.store_narrow(finish, out);
+            let Item { token, column, is_there } = self.item(finish);
+            if is_there {
+                let out = out(token as usize);
+                let old = if finish.adds { self.old(finish, &out, column) } else { 0.0 };
+                self.finish(finish, token as usize, column as usize, out, old);
+            }
         } else {
-            sync_compute();
             // As in `for_each`, but the lane's index is read again: registers are scarce in
             // `multiply`.
             let (columns, mut index) = (finish.len as u32, sreg::thread_idx());
             while index < finish.count as u32 * columns {
-                let (token, column) = (index / columns, index % columns);
-                let item = Item { token, column, is_there: true };
+                let (token, column) = (index / columns, (index % columns) as usize);
                 let out = out(token as usize);
-                let old = if finish.adds { self.residual(finish, &out, column) } else { 0.0 };
-                let more =
-                    More { scale: self.scale(finish, token), old, ..More::new(finish, &item) };
-                let target = Target::new(self, out.address() + u64::from(column) * 4);
-                target.store(self.result(finish, &item, &more));
+                let old =
+                    if finish.adds { self.residual(finish, &out, column as u32) } else { 0.0 };
+                self.finish(finish, token as usize, column, out, old);
                 index += COMPUTE_LANES;
             }
         }
         if self.leaves_best(finish) {
             self.leave_bests(finish);
         }
-    }
-
-    /// The same of at most one product a lane, which has all that it needs when the block meets.
-    #[inline(always)]
-    fn store_narrow(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        let item = self.item(finish);
-        let scale = self.scale(finish, item.token);
-        // Computed now, not where it is used.
-        let scale = f32::from_bits(sreg::fresh(scale.to_bits()));
-        let (mut more, mut target) = (More { scale, ..More::NOTHING }, Target::NOTHING);
-        if item.is_there {
-            let out = out(item.token as usize);
-            let old = if finish.adds { self.old(finish, &out, item.column) } else { 0.0 };
-            more = More { scale, old, ..More::new(finish, &item) };
-            target = Target::new(self, out.address() + u64::from(item.column) * 4);
-        }
-        sync_compute();
-        if item.is_there {
-            target.store(self.result(finish, &item, &more));
-        }
-    }
-
-    /// What products of a token's row are multiplied by.
-    #[inline(always)]
-    fn scale(&self, finish: &Finish, token: u32) -> f32 {
-        if finish.norm_dim == 0 {
-            return 1.0;
-        }
-        let mean = divide(self.block_total(token as usize), finish.norm_dim as f32);
-        rsqrt(mean + header().dims.rms_norm_eps)
     }
 
     #[inline(always)]
@@ -182,27 +128,32 @@ impl Block {
         self.residual(finish, out, column)
     }
 
-    /// What becomes of one product.
+    /// Finishes one product.
     #[inline(always)]
-    fn result(&self, finish: &Finish, item: &Item, more: &More) -> f32 {
-        let index = self.product_idx(finish, item.token, item.column);
-        let product = |index: u32, has_bias: bool, bias: f32| {
-            let sum = multiply::product(self, index) * more.scale;
-            if has_bias { sum + bias } else { sum }
+    fn finish(&self, finish: &Finish, token: usize, column: usize, out: Span<f32>, old: f32) {
+        let scale = match finish.norm_dim {
+            0 => 1.0,
+            dim => {
+                let mean = divide(self.block_total(token), dim as f32);
+                rsqrt(mean + header().dims.rms_norm_eps)
+            }
         };
-        let mut value = product(index, !finish.bias.is_empty(), more.biases[0]);
+        let index = self.product_idx(finish, token as u32, column as u32);
+        let product = |index: u32, bias: Span<f32>| {
+            let sum = multiply::product(self, index) * scale;
+            if bias.is_empty() { sum } else { sum + bias.read(column) }
+        };
+        let mut value = product(index, finish.bias);
         if finish.is_gated {
-            let index = index + (finish.len * finish.count) as u32;
-            let up = product(index, !finish.up_bias.is_empty(), more.biases[1]);
+            let up = product(index + (finish.len * finish.count) as u32, finish.up_bias);
             value = divide(value, 1.0 + self.exp(-value)) * up;
         }
-        if finish.adds {
-            value += more.old;
-        }
+        let value = if finish.adds { old + value } else { value };
         if self.leaves_best(finish) {
             // SAFETY: the first of the product's partial sums, which this lane alone reads.
             unsafe { store_shared_f32(multiply::place(self, index), value) };
         }
-        value
+        let address = out.address() + column as u64 * 4;
+        stamped::store(address, value, stamped::output_stamp(self));
     }
 }

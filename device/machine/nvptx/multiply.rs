@@ -13,6 +13,7 @@ use tilert_mk_shared::tile::{
     page_rows, vector_values,
 };
 
+use super::barrier::sync_compute;
 use super::block::{Block, widen_words};
 use super::inputs::{Layout, swizzled};
 use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
@@ -23,7 +24,7 @@ const ROWS: usize = ROWS_PER_WARP as usize;
 const F32: u16 = WeightFormat::F32 as u16;
 const F16: u16 = WeightFormat::F16 as u16;
 
-/// Leaves the partial sums of all products, which are there once the block has met; see `product`.
+/// Leaves the partial sums of all products; see `product`.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
     let count = count as u32;
@@ -32,6 +33,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
         WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
         _ => tensor::multiply(block, task, x, count),
     }
+    sync_compute();
 }
 
 /// Warps that share a product.

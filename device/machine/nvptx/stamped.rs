@@ -233,40 +233,20 @@ pub fn value(block: &Block, address: u64, stamp: u32) -> f32 {
     })
 }
 
-/// Where a value goes, and with which stamp.
-pub struct Target {
-    place: u64,
-    stamp: u32,
-    is_stamped: bool,
-}
-
-impl Target {
-    /// Nowhere.
-    pub const NOTHING: Target = Target { place: 0, stamp: 0, is_stamped: false };
-
-    /// Heap address `address`, for a value of the task in the block's slot.
-    #[inline(always)]
-    pub fn new(block: &Block, address: u64) -> Target {
-        let header = header();
-        let is_stamped = is_stamped(&header, address);
-        let place = if is_stamped { place(&header, address) } else { address };
-        Target { place, stamp: output_stamp(block), is_stamped }
-    }
-
-    /// Stores a value that this lane alone stores.
-    #[inline(always)]
-    pub fn store(&self, value: f32) {
-        if self.is_stamped {
-            let word = u64::from(self.stamp) << 32 | u64::from(value.to_bits());
-            // SAFETY: a word of the heap.
-            unsafe {
-                asm!("st.relaxed.gpu.global.b64 [{p}], {w};", p = in(reg64) self.place,
-                     w = in(reg64) word, options(nostack));
-            }
-        } else {
-            // SAFETY: a value of the heap.
-            unsafe { (self.place as *mut f32).write(value) };
+/// Stores a value at heap address `address`, with a stamp if it has one.
+#[inline(always)]
+pub fn store(address: u64, value: f32, stamp: u32) {
+    let header = header();
+    if is_stamped(&header, address) {
+        let word = u64::from(stamp) << 32 | u64::from(value.to_bits());
+        // SAFETY: a word of the heap that this lane alone stores.
+        unsafe {
+            asm!("st.relaxed.gpu.global.b64 [{p}], {w};", p = in(reg64) place(&header, address),
+                 w = in(reg64) word, options(nostack));
         }
+    } else {
+        // SAFETY: a value of the heap that this lane alone stores.
+        unsafe { (address as *mut f32).write(value) };
     }
 }
 
