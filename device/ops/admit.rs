@@ -106,7 +106,7 @@ fn read_command<M: Machine>(worker: &Worker<M>) {
         let states = super::sequences(worker);
         let state = states.get_mut(command.slot as usize);
         if state.is_active != 0 {
-            let kind = OutputKind::EndCancelled;
+            let kind = OutputKind::EndCancelled as u32;
             super::sample::publish(worker, kind, command.slot, state.position, 0);
             state.is_active = 0;
         }

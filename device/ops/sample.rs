@@ -26,7 +26,9 @@ const ONE: f32 = (1u64 << 40) as f32;
 const DIGIT_COUNT: u32 = 6;
 /// Lanes from that of one job to that of the next: a warp of a GPU.
 const LANES_APART: usize = 32;
-/// No token: a logit is not a number.
+/// No end: no `OutputKind`.
+const GOES_ON: u32 = 0;
+/// No token: there is no next one, or a logit is not a number.
 const NO_TOKEN: u32 = u32::MAX;
 
 /// Jobs of a worker's lanes that may go on at the same time: each is a read or a write of the host's
@@ -61,24 +63,25 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>) {
         let token = &step.tokens[token_idx];
         let state = states.get(token.slot as usize);
         let is_next = token.logit_row != NO_LOGITS && token.position + 1 == state.token_count;
-        let next = is_next.then(|| choose(worker, token, state));
-        let end = next.and_then(|next| end_after(state, next));
+        // No `Option`s: a GPU would keep what is undefined in them.
+        let next = if is_next { choose(worker, token, state) } else { NO_TOKEN };
+        let end = if is_next { end_after(state, next) } else { GOES_ON };
         let wants_logits = token.logit_row != NO_LOGITS && state.params.flags & WANT_LOGITS != 0;
         // Nobody needs the state as it was.
         machine.sync();
         if Job::Advance.is_mine(machine) {
-            advance(worker, token, states.get_mut(token.slot as usize), next, end.is_some());
+            advance(worker, token, states.get_mut(token.slot as usize), next, end != GOES_ON);
         }
         if Job::Publish.is_mine(machine) {
             let report = |kind, value| publish(worker, kind, token.slot, token.position, value);
             if wants_logits {
-                report(OutputKind::Logits, token.logit_row);
+                report(OutputKind::Logits as u32, token.logit_row);
             }
-            if let Some(next) = next.filter(|next| *next != NO_TOKEN) {
-                report(OutputKind::Token, next);
+            if next != NO_TOKEN {
+                report(OutputKind::Token as u32, next);
             }
-            if let Some(kind) = end {
-                report(kind, 0);
+            if end != GOES_ON {
+                report(end, 0);
             }
         }
         // For the next `Admit`.
@@ -92,36 +95,40 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>) {
     }
 }
 
-/// How an answer ends with the token `next`, if it does.
+/// How an answer ends with the token `next`: an `OutputKind`, or `GOES_ON`.
 #[inline(always)]
-fn end_after(state: &SequenceState, next: u32) -> Option<OutputKind> {
+fn end_after(state: &SequenceState, next: u32) -> u32 {
     if next == NO_TOKEN {
-        return Some(OutputKind::EndNotANumber);
+        return OutputKind::EndNotANumber as u32;
     }
-    let stop_ids = &state.params.stop_ids[..state.params.stop_id_count as usize];
-    if stop_ids.contains(&next) {
-        Some(OutputKind::EndStop)
-    } else if state.generated_count + 1 == state.params.generate_max {
-        Some(OutputKind::EndLength)
-    } else {
-        None
+    let mut end = GOES_ON;
+    if state.generated_count + 1 == state.params.generate_max {
+        end = OutputKind::EndLength as u32;
     }
+    for idx in 0..state.params.stop_id_count as usize {
+        if state.params.stop_ids[idx] == next {
+            end = OutputKind::EndStop as u32;
+        }
+    }
+    end
 }
 
-/// Moves a sequence past a token, and takes `next` as its next one.
+/// Moves a sequence past a token, and takes `next` as its next one, if it is one.
 #[inline(always)]
 fn advance<M: Machine>(
     worker: &Worker<M>,
     token: &StepToken,
     state: &mut SequenceState,
-    next: Option<u32>,
+    next: u32,
     has_ended: bool,
 ) {
     state.position = token.position + 1;
     if has_ended {
         state.is_active = 0;
     }
-    let Some(next) = next.filter(|next| *next != NO_TOKEN) else { return };
+    if next == NO_TOKEN {
+        return;
+    }
     if state.params.sampling.has_penalty() {
         let marks = super::marks(worker, token.slot);
         marks.write(next as usize, marks.read(next as usize) + 1);
@@ -318,13 +325,13 @@ fn sum<M: Machine>(machine: &M, bins: Span<u64>, len: usize, amount: impl Fn(usi
 #[inline(always)]
 pub(super) fn publish<M: Machine>(
     worker: &Worker<M>,
-    kind: OutputKind,
+    kind: u32,
     slot: u32,
     position: u32,
     value: u32,
 ) {
     let time_ns = worker.machine.now_ns();
-    let output = Output { kind: kind as u32, slot, position, value, time_ns };
+    let output = Output { kind, slot, position, value, time_ns };
     let ring = worker.header().mailbox + offset_of!(Mailbox, outputs) as u64;
     // SAFETY: the ring is part of the mailbox; the host does not read records past `output_tail`.
     let outputs: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };

@@ -14,7 +14,7 @@ use crate::machine::memory::Span;
 /// Loads of a lane that are in flight together in a copy.
 const COPY_QUADS: usize = 8;
 /// Words of all rows of which a copy looks at once.
-const FEW_WORDS: u32 = 4096;
+const FEW_WORDS: u32 = 8192;
 /// Loads of a lane that are in flight together in a norm.
 const NORM_QUADS: usize = 4;
 /// See `Machine::norm_ahead`.
