@@ -138,6 +138,7 @@ fn begin(worker: &Worker<Block>, claim: &Claim, now_ns: u64, tasks: &RingCursor,
         // SAFETY: words of the block's memory.
         unsafe {
             store_shared_word(shared + TASK_WORD, claim.task_idx);
+            store_shared_word(place(shared, 0) + EPOCH, claim.epoch);
             store_shared_word(shared + STAGE_WORD, claim.task.signal_event.0);
         }
     }
@@ -197,8 +198,9 @@ pub fn values_overdue() -> ! {
 fn overdue(code: FaultCode) -> ! {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     // SAFETY: words of the block's memory, which `init` and `run` have written.
-    let (task_idx, epoch) =
-        unsafe { (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + 4)) };
+    let (task_idx, epoch) = unsafe {
+        (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + EPOCH))
+    };
     let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
     let worker = unsafe {
@@ -215,6 +217,8 @@ const TRACE_COUNT: u32 = 12;
 const KEPT: u32 = 16;
 /// See `TRACE_COUNT`.
 const SLOT: u32 = 24;
+/// Offset of the step of the first warp's task, for whoever looks at a block that has stopped.
+const EPOCH: u32 = 28;
 
 /// Where this warp's words are.
 #[inline(always)]
@@ -279,4 +283,4 @@ impl Kept {
 }
 
 // The warp's deadline is at the end of its words, see `stamped.rs`.
-const _: () = assert!(SLOT + 4 <= PROGRESS_BYTES - 8 && PROGRESS.is_multiple_of(16));
+const _: () = assert!(EPOCH + 4 <= PROGRESS_BYTES - 8 && PROGRESS.is_multiple_of(16));
