@@ -92,7 +92,7 @@ pub const TASK_WORD: u32 = STOP_WORD + 4;
 pub const LOOP_WORDS: u32 = TASK_WORD + 4;
 /// Offset of a word that is 1 once the computing warps know that the device stops.
 pub const NOTICE_WORD: u32 = LOOP_WORDS + 8;
-/// Offset of the event that the task that runs signals.
+/// Offset of the event of the latest linear stage whose input has come.
 pub const STAGE_WORD: u32 = NOTICE_WORD + 4;
 /// Offset of the program header.
 pub const HEADER: u32 = (STAGE_WORD + 4).next_multiple_of(8);

@@ -246,6 +246,10 @@ pub trait Machine {
         Self::NormAhead::default()
     }
 
+    /// Collective: the input of a linear task has come.
+    #[inline(always)]
+    fn note_input(&self, _task: &Task) {}
+
     /// Collective: products of all rows of a linear task's segments with `count` input rows, for
     /// `store`.
     ///

@@ -29,6 +29,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let task = claim.task;
     let x = x.take(ahead);
     worker.note_input();
+    worker.machine.note_input(task);
     worker
         .machine
         .expect(&finish(worker, task, row_count, 0, 0), |token| output(worker, task, 0, token));

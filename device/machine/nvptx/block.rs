@@ -10,7 +10,8 @@ use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STEP, WARP_LANES, WIDE_INPUTS,
+    COMPUTE_LANES, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STAGE_WORD, STEP, WARP_LANES,
+    WIDE_INPUTS,
 };
 
 use super::attention::Heads;
@@ -295,6 +296,15 @@ impl Machine for Block {
     #[inline(always)]
     fn norm_ahead(&self, first_row: Span<f32>, weight: Span<f32>) -> NormAhead {
         self.weights_ahead(first_row, weight)
+    }
+
+    /// Tells the loading warp, for which the task's stage has begun.
+    #[inline(always)]
+    fn note_input(&self, task: &Task) {
+        if self.thread_idx == 0 {
+            // SAFETY: a word of the block's memory.
+            unsafe { store_shared_word(self.shared + STAGE_WORD, task.signal_event.0) };
+        }
     }
 
     #[inline(always)]

@@ -8,8 +8,8 @@ use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::fault::FaultCode;
 use tilert_mk_shared::task::Task;
 use tilert_mk_shared::tile::{
-    LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STAGE_WORD, STOP_WORD, TASK_EMPTY_BARRIERS,
-    TASK_SLOT_BYTES, TASK_SLOTS, TASK_WORD, WARP_LANES,
+    LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_SLOT_BYTES,
+    TASK_SLOTS, TASK_WORD, WARP_LANES,
 };
 
 use super::block::{Block, Kind};
@@ -134,12 +134,11 @@ fn task_in(slot: u32) -> (u32, u32) {
 fn begin(worker: &Worker<Block>, claim: &Claim, now_ns: u64, tasks: &RingCursor, slot: u32) {
     if worker.machine.thread_idx == 0 {
         let shared = worker.machine.shared;
-        // For whoever looks at a block that has stopped, and for the loading warp.
+        // For whoever looks at a block that has stopped.
         // SAFETY: words of the block's memory.
         unsafe {
             store_shared_word(shared + TASK_WORD, claim.task_idx);
             store_shared_word(place(shared, 0) + EPOCH, claim.epoch);
-            store_shared_word(shared + STAGE_WORD, claim.task.signal_event.0);
         }
     }
     worker.start(claim, now_ns, now_ns);
