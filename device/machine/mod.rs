@@ -118,13 +118,17 @@ pub struct Finish {
     pub residual_age: u32,
     /// Values of an input row if it is normed, else 0; see `Machine::rms_norm`.
     pub norm_dim: u32,
-    /// Where the best of each token's results goes (`best.rs`), every `best_stride`-th; empty if nobody
-    /// wants it.
-    pub bests: Span<u64>,
-    /// See `bests`.
-    pub best_stride: usize,
-    /// Index of the first result, for `bests`.
-    pub best_first: u32,
+    /// Whether the best of each token's results is left, see `BestPlace`.
+    pub leaves_best: bool,
+}
+
+/// Where the best of a token's results goes (`best.rs`).
+#[derive(Clone, Copy)]
+pub struct BestPlace {
+    /// One word.
+    pub word: Span<u64>,
+    /// Index of the first result.
+    pub first: u32,
 }
 
 /// What a worker can do.
@@ -264,9 +268,15 @@ pub trait Machine {
     /// machine may ask for what they will be added to. The input rows are there.
     fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
 
-    /// Collective: what becomes of products that `multiply` has left in `products`, to `out(token)`;
-    /// not yet visible to other lanes.
-    fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
+    /// Collective: what becomes of products that `multiply` has left in `products`, to `out(token)`, and
+    /// the best of each token's to `best(token)`; not yet visible to other lanes.
+    fn store(
+        &self,
+        products: Rows,
+        finish: &Finish,
+        out: impl Fn(usize) -> Span<f32>,
+        best: impl Fn(usize) -> BestPlace,
+    );
 
     /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,
     /// into row `row` of the input rows `out`. `splits`
@@ -283,7 +293,7 @@ pub trait Machine {
     /// none is finite.
     fn argmax(&self, values: Span<f32>) -> Option<u32>;
 
-    /// Collective: the same of the values whose best `store` has left in `bests`.
+    /// Collective: the same of the values whose bests `store` has left in `bests`.
     fn best_of(&self, bests: Span<u64>) -> Option<u32>;
 
     /// Collective: adds up `amount` by bin over `0..len`; `bins` has 256 entries.

@@ -6,7 +6,7 @@ use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Task, TokenRows};
 
 use crate::machine::memory::Span;
-use crate::machine::{Finish, Machine, Rows};
+use crate::machine::{BestPlace, Finish, Machine, Rows};
 use crate::worker::{Claim, Worker};
 
 #[inline(always)]
@@ -30,9 +30,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let x = x.take(ahead);
     worker.note_input();
     worker.machine.note_input(task);
-    worker
-        .machine
-        .expect(&finish(worker, task, row_count, 0, 0), |token| output(worker, task, 0, token));
+    worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
@@ -141,13 +139,7 @@ impl<'a, M: Machine> Input<'a, M> {
 
 /// What becomes of the products of segment `idx`, whose first row is row `first` of the task.
 #[inline(always)]
-fn finish<M: Machine>(
-    worker: &Worker<M>,
-    task: &Task,
-    count: usize,
-    idx: usize,
-    first: usize,
-) -> Finish {
+fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
     // Again: registers are scarce while a GPU multiplies.
     let args = LinearArgs::unpack(task);
     let bias = |idx: usize| {
@@ -157,10 +149,6 @@ fn finish<M: Machine>(
         unsafe { Span::<f32>::new(segment.bias, len) }
     };
     let is_gated = args.epilogue == Epilogue::SiluMul;
-    let best_stride = worker.header().dims.head_task_count as usize;
-    let best_place = worker.header().plan.bests + u64::from(args.best_idx) * 8;
-    let best_count = (count.max(1) - 1) * best_stride + 1;
-    let bests = worker.heap::<u64>(best_place, best_count as u64);
     Finish {
         count,
         first,
@@ -171,10 +159,17 @@ fn finish<M: Machine>(
         adds: args.epilogue == Epilogue::AddResidual,
         residual_age: args.residual_age,
         norm_dim: if args.prologue == Prologue::RmsNorm { args.in_dim } else { 0 },
-        bests: bests.sub(0, if args.leaves_best() { bests.len() } else { 0 }),
-        best_stride,
-        best_first: args.segments[0].out_first,
+        leaves_best: args.leaves_best(),
     }
+}
+
+/// Where the best of a token's products goes, if the task leaves it.
+#[inline(always)]
+fn best_place<M: Machine>(worker: &Worker<M>, task: &Task, token: usize) -> BestPlace {
+    let (args, header) = (LinearArgs::unpack(task), worker.header());
+    let idx = token as u64 * u64::from(header.dims.head_task_count) + u64::from(args.best_idx);
+    let word = worker.heap::<u64>(header.plan.bests + idx * 8, 1);
+    BestPlace { word, first: args.segments[0].out_first }
 }
 
 /// Where the products of segment `idx` go for a token.
@@ -190,8 +185,9 @@ fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
     let is_gated = LinearArgs::unpack(task).epilogue == Epilogue::SiluMul;
     let mut first = 0;
     for idx in 0..if is_gated { 1 } else { task.segment_count() } {
-        let finish = finish(worker, task, count, idx, first);
-        worker.machine.store(y, &finish, |token| output(worker, task, idx, token));
+        let finish = finish(task, count, idx, first);
+        let out = |token| output(worker, task, idx, token);
+        worker.machine.store(y, &finish, out, |token| best_place(worker, task, token));
         first += finish.len;
     }
 }

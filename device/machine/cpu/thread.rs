@@ -11,7 +11,7 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use super::{InputForm, Isa, Matrix, blocks};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
-use crate::machine::{Attention, Finish, Machine, Rows};
+use crate::machine::{Attention, BestPlace, Finish, Machine, Rows};
 
 /// Looks after which an idle worker sleeps between looks.
 const IDLE_LOOKS_MAX: u32 = 200;
@@ -198,7 +198,13 @@ impl Machine for Thread {
     #[inline(always)]
     fn expect(&self, _finish: &Finish, _out: impl Fn(usize) -> Span<f32>) {}
 
-    fn store(&self, products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+    fn store(
+        &self,
+        products: Rows,
+        finish: &Finish,
+        out: impl Fn(usize) -> Span<f32>,
+        best: impl Fn(usize) -> BestPlace,
+    ) {
         let len = finish.len;
         for token in 0..finish.count {
             let row = |first| products.values.sub(token * products.stride + first, len);
@@ -219,9 +225,9 @@ impl Machine for Thread {
             } else {
                 out.as_mut_slice().copy_from_slice(values.as_slice());
             }
-            if !finish.bests.is_empty() {
-                let best = best_of(finish.best_first, out.as_slice());
-                finish.bests.write(token * finish.best_stride, best.0);
+            if finish.leaves_best {
+                let BestPlace { word, first } = best(token);
+                word.write(0, best_of(first, out.as_slice()).0);
             }
         }
     }

@@ -29,7 +29,7 @@ use super::memory::{
 use super::rows::NormAhead;
 use super::{attention, best, merge, multiply, ops, sreg, stamped};
 use crate::machine::memory::Span;
-use crate::machine::{Attention, Finish, Machine, Rows};
+use crate::machine::{Attention, BestPlace, Finish, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// How long an idle block sleeps between looks.
@@ -323,8 +323,17 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn store(&self, _products: Rows, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+    fn store(
+        &self,
+        _products: Rows,
+        finish: &Finish,
+        out: impl Fn(usize) -> Span<f32>,
+        best: impl Fn(usize) -> BestPlace,
+    ) {
         self.store_finished(finish, out);
+        if self.leaves_best(finish) {
+            self.leave_bests(finish, best);
+        }
     }
 
     #[inline(always)]

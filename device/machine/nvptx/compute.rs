@@ -91,8 +91,7 @@ pub fn follow(is_alike: impl FnOnce(u32, &Task) -> bool) -> Option<u32> {
     let (task_idx, epoch) = task_in(slot);
     // SAFETY: the record in the slot, as in `turn`; nothing but a word of it if it is none.
     let task = unsafe { &*(generic(slot) as *const Task) };
-    let is_ready = epoch == progress.kept_epoch
-        && (task.waits_itself() || task.wait_event == progress.complete);
+    let is_ready = epoch == progress.kept_epoch && task.waits_itself();
     if task_idx == NO_TASK || !is_ready || !is_alike(slot, task) {
         return None;
     }

@@ -12,7 +12,7 @@ use super::memory::{load_shared_f32, store_shared_f32};
 use super::{divide, multiply, rsqrt, sreg, stamped};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
-use crate::machine::{Finish, Machine};
+use crate::machine::{BestPlace, Finish, Machine};
 
 /// A product of a lane. Not an `Option`: what is undefined in it would be kept from task to task.
 struct Item {
@@ -61,37 +61,37 @@ impl Block {
                 index += COMPUTE_LANES;
             }
         }
-        if self.leaves_best(finish) {
-            self.leave_bests(finish);
-        }
     }
 
+    /// Whether the best of the products is left.
     #[inline(always)]
-    fn leaves_best(&self, finish: &Finish) -> bool {
-        self.kind.leaves_best && !finish.bests.is_empty()
+    pub fn leaves_best(&self, finish: &Finish) -> bool {
+        self.kind.leaves_best && finish.leaves_best
     }
 
     /// Leaves the best of each token's results, which are in the places of their products: a warp for
     /// each token.
     #[inline(always)]
-    fn leave_bests(&self, finish: &Finish) {
+    pub fn leave_bests(&self, finish: &Finish, place: impl Fn(usize) -> BestPlace) {
         const { assert!(GPU_STEP_TOKENS_MAX <= COMPUTE_WARPS) };
         sync_compute();
-        let token = self.warp_idx();
+        // Read again: it would be kept through all of the op.
+        let (token, lane) = (sreg::thread_idx() / WARP_LANES, sreg::thread_idx() % WARP_LANES);
         if token >= finish.count as u32 {
             return;
         }
-        let (mut best, mut column) = (Best::NONE, self.warp_lane());
+        let BestPlace { word, first } = place(token as usize);
+        let (mut best, mut column) = (Best::NONE, lane);
         while column < finish.len as u32 {
             let place = multiply::place(self, self.product_idx(finish, token, column));
             // SAFETY: a result that a lane has left before the barrier.
             let value = unsafe { load_shared_f32(place) };
-            best = best.max(Best::of(value, finish.best_first + column));
+            best = best.max(Best::of(value, first + column));
             column += WARP_LANES;
         }
         let best = best_of_warp(best);
-        if self.warp_lane() == 0 {
-            finish.bests.write(token as usize * finish.best_stride, best.0);
+        if lane == 0 {
+            word.write(0, best.0);
         }
     }
 

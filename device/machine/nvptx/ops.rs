@@ -126,12 +126,11 @@ macro_rules! ops {
             let mut slot = slot;
             loop {
                 with_worker(slot, Opcode::Linear, $kind);
-                let next = if has_stopped() {
-                    None
-                } else {
-                    compute::follow(|slot, task| is_alike(slot, task, $kind))
-                };
-                match next {
+                // Assemblers for older chips find too few registers for it, in other ops.
+                if !cfg!(tilert_sm90) || has_stopped() {
+                    return;
+                }
+                match compute::follow(|slot, task| is_alike(slot, task, $kind)) {
                     Some(next) => slot = sreg::fresh(next),
                     None => return,
                 }

@@ -25,7 +25,7 @@ impl Block {
     #[inline(always)]
     pub fn copy_rows(&self, from: Rows, count: usize, dim: u32, to: Rows) {
         let stamp = stamped::input_stamp(self, 0);
-        let is_few = count as u32 * dim <= FEW_WORDS;
+        let is_few = self.kind.is_narrow && count as u32 * dim <= FEW_WORDS;
         let mut looks = if is_few { Looks::AtOnce } else { Looks::AfterHint };
         for row in 0..count as u32 {
             let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
