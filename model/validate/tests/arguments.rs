@@ -1,5 +1,7 @@
 //! Arguments of tasks, and what tasks do to each other's rows.
 
+use tilert_mk_shared::task::{Epilogue, SampleArgs};
+
 use super::*;
 
 #[test]
@@ -198,6 +200,35 @@ fn stamps_are_those_of_the_last_writers() {
     // Steps without logits have no values to look at.
     let last = format!("layer {} down", victim().dims.kv.layer_count - 1);
     refused!(edited(&last, &|args| args.is_announced = true), E::Announced { .. });
+    // Sampling waits for them in the head's place.
+    let sampling = |edit: &dyn Fn(&mut SampleArgs)| {
+        verdict(|p| {
+            let at = find(p, "sample");
+            let mut args = SampleArgs::unpack(&p.tasks[at]);
+            edit(&mut args);
+            p.tasks[at].words = args.pack().words;
+        })
+    };
+    refused!(sampling(&|args| args.also_event = EventId::NONE), E::Unseen { .. });
+    refused!(sampling(&|args| args.also_event.0 -= 1), E::Unseen { .. });
+    refused!(sampling(&|args| args.also_count -= 1), E::Unseen { .. });
+}
+
+#[test]
+fn each_of_the_heads_tasks_leaves_its_best() {
+    let best = |edit: fn(&mut LinearArgs)| linear_verdict("head tile 0", edit);
+    refused!(best(|args| args.best_idx = 1), E::Race { region: Region::Bests, .. });
+    refused!(best(|args| args.best_idx = u32::MAX), E::Task { defect: Defect::Bound { .. }, .. });
+    refused!(
+        best(|args| (args.epilogue, args.best_idx) = (Epilogue::Store, 0)),
+        E::Task { defect: Defect::Role { .. }, .. }
+    );
+    refused!(
+        linear_verdict("layer 0 qkv tile 0", |args| args.epilogue = Epilogue::StoreBest),
+        E::Task { .. }
+    );
+    let fewer = verdict(|p| p.dims.head_task_count -= 1);
+    refused!(fewer, E::Plan);
 }
 
 #[test]
