@@ -20,12 +20,12 @@ use super::best::Seen;
 use super::compute::Kept;
 use super::header::header;
 use super::inputs::Layout;
-use super::loader::PageCursor;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
     load_global_pair, load_shared_f32, load_shared_word, store_shared_pair, store_shared_word,
     widen_f16,
 };
+use super::ring::PageCursor;
 use super::rows::NormAhead;
 use super::{attention, best, merge, multiply, ops, sreg, stamped};
 use crate::machine::memory::Span;

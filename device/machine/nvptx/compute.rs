@@ -14,11 +14,13 @@ use tilert_mk_shared::tile::{
 
 use super::block::{Block, Kind};
 use super::feed::NO_TASK;
-use super::loader::{RECORD_BYTES, RingCursor, header_over_calls};
+use super::header::reference_over_calls;
+use super::loader::RECORD_BYTES;
 use super::memory::{
     generic, load_shared_pair, load_shared_word, load_shared_words, shared_base, store_shared,
     store_shared_pair, store_shared_word,
 };
+use super::ring::RingCursor;
 use super::{barrier, sreg};
 use crate::worker::{Claim, Progress, Worker};
 
@@ -26,11 +28,16 @@ use crate::worker::{Claim, Progress, Worker};
 #[inline(always)]
 pub fn run() {
     let shared = shared_base();
-    let block =
-        Block::new(sreg::thread_idx(), shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block = Block::new(
+        sreg::thread_idx(),
+        shared,
+        reference_over_calls(shared),
+        Kind::NONE,
+        LOOP_WORDS,
+    );
     // SAFETY: by the contract of the kernel; blocks have different indices.
     let worker = unsafe {
-        Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
+        Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
     };
     if worker.begin().is_ok() {
         Kept::of_warp().save_prologue(&block, 0);
@@ -49,12 +56,13 @@ fn turn() -> bool {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     barrier::sync_warp();
     let (position, progress) = saved(place(shared, thread_idx));
-    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block =
+        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
     block.lead_word.set(position >> 16);
     let tasks = next_task(shared, position);
     // SAFETY: as in `run`.
     let worker =
-        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
+        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
 
     tasks.wait_full();
     let slot = slot_of(shared, &tasks);
@@ -96,11 +104,12 @@ pub fn follow(is_alike: impl FnOnce(u32, &Task) -> bool) -> Option<u32> {
         return None;
     }
     finish();
-    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block =
+        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
     block.lead_word.set(position >> 16);
     // SAFETY: as in `run`.
     let worker =
-        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
+        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
     let now_ns = worker.trace_ns();
     begin(&worker, &Claim::new(task, task_idx, epoch), now_ns, &tasks, slot);
     Some(slot)
@@ -163,10 +172,11 @@ fn finish() {
     let (trace_count, slot) =
         unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
     let progress = Progress { trace_count, ..Progress::NONE };
-    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block =
+        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
     let worker =
-        unsafe { Worker::new(header_over_calls(shared), sreg::block_idx(), &block, progress) };
+        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
     // SAFETY: the record in the slot, which is full.
     let task = unsafe { &*(generic(slot) as *const Task) };
     worker.finish(&Claim::new(task, 0, 0));
@@ -199,10 +209,11 @@ fn overdue(code: FaultCode) -> ! {
     let (task_idx, epoch) = unsafe {
         (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + EPOCH))
     };
-    let block = Block::new(thread_idx, shared, header_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block =
+        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
     // SAFETY: as in `run`.
     let worker = unsafe {
-        Worker::new(header_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
+        Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
     };
     worker.miss(code, task_idx, epoch);
     sreg::trap()

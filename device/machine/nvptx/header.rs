@@ -10,6 +10,7 @@ use core::ops::Deref;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::HEADER;
 
+use super::memory::generic;
 use super::sreg;
 
 /// Words of the header.
@@ -56,4 +57,19 @@ fn word<const OFFSET: u32>(again: u32) -> u64 {
              o = const OFFSET, a = in(reg32) again, options(pure, readonly, nostack));
     }
     word
+}
+
+/// The same by reference, for code outside of ops.
+#[inline(always)]
+pub fn reference<'a>(shared: u32) -> &'a ProgramHeader {
+    // SAFETY: written before the first barrier of the block, and never again.
+    unsafe { &*(generic(shared + HEADER) as *const ProgramHeader) }
+}
+
+/// The same for code that calls ops: the offset becomes part of each load, so that no address is
+/// kept over a call.
+#[inline(always)]
+pub fn reference_over_calls<'a>(shared: u32) -> &'a ProgramHeader {
+    // SAFETY: as in `reference`; generic addresses of shared memory are adjacent.
+    unsafe { &*((generic(shared) + u64::from(HEADER)) as *const ProgramHeader) }
 }

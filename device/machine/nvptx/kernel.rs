@@ -5,7 +5,7 @@ use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER, LOOP_WORDS};
 
 use super::barrier::sync_block;
 use super::block::{Block, Kind};
-use super::{loader, memory, sreg};
+use super::{header, loader, memory, sreg};
 use crate::worker::{Progress, Worker};
 
 /// Runs a program until it is stopped: one block of `BLOCK_THREADS` threads for each worker, all
@@ -41,7 +41,7 @@ fn compute() -> ! {
 #[inline(never)]
 fn load() -> ! {
     let shared = memory::shared_base();
-    let header = loader::header(shared);
+    let header = header::reference(shared);
     let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, LOOP_WORDS);
     // SAFETY: by the contract of the kernel; blocks have different indices.
     loader::load(&unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) });

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod merge;
 pub mod multiply;
 pub mod ops;
+pub mod ring;
 pub mod rows;
 pub mod sreg;
 pub mod stamped;

@@ -12,7 +12,8 @@ use super::attention::Heads;
 use super::block::{Block, Kind};
 use super::compute::Kept;
 use super::digest::Digest;
-use super::loader::{RECORD_BYTES, header};
+use super::header::reference;
+use super::loader::RECORD_BYTES;
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
 use super::{compute, sreg, stamped};
 use crate::worker::{Claim, Progress, Stopped, Worker};
@@ -81,7 +82,7 @@ fn is_alike(slot: u32, task: &Task, kind: Kind) -> bool {
 #[inline(always)]
 fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let shared = shared_base();
-    let header = header(shared);
+    let header = reference(shared);
     let block = Block::new(sreg::thread_idx(), shared, header, kind, OP_WORDS);
     block.pages.go_to(slot);
     block.slot.set(slot);
