@@ -118,8 +118,8 @@ macro_rules! op {
     };
 }
 
-/// The same for linear tasks of bf16 weights and few rows: goes on with those that follow, since a turn
-/// of the loop takes as long as a short task's product.
+/// The same for linear tasks of bf16 weights and few rows: goes on with those that follow, since a
+/// turn of the loop takes as long as a short task's product.
 macro_rules! ops {
     ($name:ident, $kind:expr) => {
         #[inline(never)]

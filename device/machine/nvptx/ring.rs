@@ -12,8 +12,8 @@ use super::loader::RECORD_BYTES;
 use super::memory::load_shared_word;
 use super::{barrier, compute, warp};
 
-/// Copies of weights of the stage that runs which are under way at once in a block. More fill the queues
-/// of the memory system, in which events and activations then wait behind weights.
+/// Copies under way at once in a block, of weights of the stage whose input it has. More fill the
+/// queues of the memory system, in which events and activations then wait behind weights.
 #[cfg(tilert_sm90)]
 const COPY_COUNT_MAX: u32 = 2;
 /// The same if the copy to begin is of a later stage: blocks that are behind go first.
@@ -21,6 +21,7 @@ const COPY_COUNT_MAX: u32 = 2;
 const COPY_COUNT_AHEAD: u32 = 1;
 /// Offset of the time that a wait may take.
 const LIMIT: u32 = HEADER + core::mem::offset_of!(ProgramHeader, wait_ns_max) as u32;
+
 /// A position in a ring: which slot, and the parity of its current phase.
 pub struct RingCursor {
     index: Cell<u32>,
@@ -86,11 +87,13 @@ impl RingCursor {
         }
     }
 
+    /// Shared address of the slot's "full" barrier.
     #[inline(always)]
     pub fn full(&self) -> u32 {
         self.full + self.index.get() * 8
     }
 
+    /// Shared address of its "empty" barrier.
     #[inline(always)]
     pub fn empty(&self) -> u32 {
         self.empty + self.index.get() * 8
@@ -135,7 +138,7 @@ fn wait(barrier: u32, parity: u32) {
 pub struct PageCursor {
     /// The page.
     pub ring: RingCursor,
-    /// The oldest copy that may be under way, and how many were begun, up to the limit.
+    /// The oldest copy that may be under way, and how many may be.
     #[cfg(tilert_sm90)]
     oldest: RingCursor,
     #[cfg(tilert_sm90)]
