@@ -62,6 +62,7 @@ fn matmul(criterion: &mut Criterion) {
             precision,
             residual_age: 0,
             is_announced: false,
+            best_idx: 0,
             in_dim: IN_DIM as u32,
             x_stride: IN_DIM as u32,
             y_stride: ROW_COUNT as u32,
