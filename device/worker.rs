@@ -386,15 +386,16 @@ impl<'a, M: Machine> Worker<'a, M> {
         Err(Stopped)
     }
 
-    /// Notes that the input of a task's op has come, where ops wait for it. Collective.
+    /// Notes that the input of a linear task has come, where ops wait for it. Collective.
     #[inline(always)]
-    pub fn note_input(&self) {
+    pub fn note_input(&self, task: &Task) {
         if M::HAS_STAMPS && self.machine.lane_idx() == 0 {
             let slot = self.trace_record();
             if !slot.is_empty() {
                 slot.get_mut(0).started_ns = self.machine.now_ns();
             }
         }
+        self.machine.note_input(task);
     }
 
     /// Signals a task that is announced: nothing can keep it from storing its values any more.

@@ -156,7 +156,7 @@ pub struct HeapPlan {
     pub events: u64,
     /// `[task_count] u64`: the step in which each linear task was last committed.
     pub commits: u64,
-    /// `[tokens, head_task_count] u64`: the best of each task's logits, see `sample.rs`.
+    /// `[tokens, head_task_count] u64`: the best of each task's logits, packed as in `machine/best.rs`.
     pub bests: u64,
     /// `[worker_count]` scratches of `Dims::scratch_bytes`.
     pub scratch: u64,

@@ -28,8 +28,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     }
     let task = claim.task;
     let x = x.take(ahead);
-    worker.note_input();
-    worker.machine.note_input(task);
+    worker.note_input(task);
     worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);

@@ -12,6 +12,7 @@ use tilert_mk_shared::mailbox::{Mailbox, MailboxView, Output, OutputKind};
 use tilert_mk_shared::program::SAMPLE_BIN_COUNT;
 use tilert_mk_shared::sample::{SamplingParams, random_bits};
 use tilert_mk_shared::sequence::{NO_LOGITS, SequenceState, StepToken, WANT_LOGITS};
+use tilert_mk_shared::tile::WARP_LANES;
 
 use super::admit::{look_at_head, look_at_tail};
 use crate::machine::Machine;
@@ -24,8 +25,6 @@ pub(super) const IN_PROMPT: u32 = 1 << 31;
 const ONE: f32 = (1u64 << 40) as f32;
 /// Digits of a weight, of 8 bits: the largest is 2^40.
 const DIGIT_COUNT: u32 = 6;
-/// Lanes from that of one job to that of the next: a warp of a GPU.
-const LANES_APART: usize = 32;
 /// No end: no `OutputKind`.
 const GOES_ON: u32 = 0;
 /// No token: there is no next one, or a logit is not a number.
@@ -49,7 +48,7 @@ impl Job {
     /// Whether it is this lane's; on a GPU lanes of different warps wait for themselves.
     #[inline(always)]
     fn is_mine<M: Machine>(self, machine: &M) -> bool {
-        machine.lane_idx() == (self as usize * LANES_APART).min(machine.lane_count() - 1)
+        machine.lane_idx() == (self as usize * WARP_LANES as usize).min(machine.lane_count() - 1)
     }
 }
 

@@ -29,26 +29,28 @@ pub fn lower_empty(
 ) -> Result<Program, LowerError> {
     let workers = options.worker_count;
     let mut steps = Steps { arrivals: vec![1, 1], ..Steps::default() };
-    steps.push(Opcode::Admit, [END, BEGIN], CONTROL_HOME, "admit".into());
+    steps.push(Task::new(Opcode::Admit), [END, BEGIN], CONTROL_HOME, "admit".into());
     let mut ready = BEGIN;
     for stage in 0..shape.stage_count {
         let done = EventId(steps.arrivals.len() as u32);
         steps.arrivals.push(shape.stage_tasks);
         for task in 0..shape.stage_tasks {
             let home = (stage + task) % workers;
-            steps.push(Opcode::Empty, [ready, done], home, format!("stage {stage} task {task}"));
+            steps.push(
+                Task::new(Opcode::Empty),
+                [ready, done],
+                home,
+                format!("stage {stage} task {task}"),
+            );
         }
         ready = done;
     }
-    steps.push(Opcode::Sample, [ready, END], CONTROL_HOME, "sample".into());
-    let nothing = SampleArgs { also_event: EventId::NONE, also_count: 0 }.pack();
-    if let Some(sample) = steps.tasks.last_mut() {
-        sample.words = nothing.words;
-    }
+    let sample = SampleArgs { also_event: EventId::NONE, also_count: 0 };
+    steps.push(sample.pack(), [ready, END], CONTROL_HOME, "sample".into());
     // A worker without any task would end, which the host takes for a fault.
     for worker in (0..workers).filter(|worker| !steps.homes.contains(worker)).collect::<Vec<_>>() {
         let name = format!("idle worker {worker}");
-        steps.push(Opcode::Empty, [BEGIN, EventId::NONE], worker, name);
+        steps.push(Task::new(Opcode::Empty), [BEGIN, EventId::NONE], worker, name);
     }
     let (queue_spans, queue_entries) = queues(&steps.homes, workers);
     let sized = lower(config, options)?;
@@ -80,12 +82,12 @@ struct Steps {
 }
 
 impl Steps {
-    fn push(&mut self, opcode: Opcode, [wait, signal]: [EventId; 2], home: u32, name: String) {
+    fn push(&mut self, task: Task, [wait, signal]: [EventId; 2], home: u32, name: String) {
         self.tasks.push(Task {
             wait_event: wait,
             wait_count: self.arrivals[wait.0 as usize],
             signal_event: signal,
-            ..Task::new(opcode)
+            ..task
         });
         self.homes.push(home);
         self.names.push(name);

@@ -209,8 +209,8 @@ impl Machine for Block {
 
     #[inline(always)]
     fn step(&self, _step: Span<StepState>) -> Span<StepState> {
-        // SAFETY: the copy that `keep_step` has made. Its address is made anew by each caller.
-        unsafe { Span::new(generic(sreg::fresh(self.shared) + STEP), 1) }
+        // Its address is made anew by each caller.
+        near_step(sreg::fresh(self.shared))
     }
 
     #[inline(always)]
@@ -447,6 +447,13 @@ fn exp2(x: f32) -> f32 {
              options(pure, nomem, nostack));
     }
     value
+}
+
+/// The copy of the step that `keep_step` has made in the block's memory.
+#[inline(always)]
+pub fn near_step(shared: u32) -> Span<StepState> {
+    // SAFETY: the area of the copy, which every task but `Admit` has before it.
+    unsafe { Span::new(generic(shared + STEP), 1) }
 }
 
 /// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the

@@ -28,17 +28,8 @@ use crate::worker::{Claim, Progress, Worker};
 #[inline(always)]
 pub fn run() {
     let shared = shared_base();
-    let block = Block::new(
-        sreg::thread_idx(),
-        shared,
-        reference_over_calls(shared),
-        Kind::NONE,
-        LOOP_WORDS,
-    );
-    // SAFETY: by the contract of the kernel; blocks have different indices.
-    let worker = unsafe {
-        Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
-    };
+    let block = loop_block(shared, sreg::thread_idx());
+    let worker = loop_worker(shared, &block, Progress::NONE);
     if worker.begin().is_ok() {
         Kept::of_warp().save_prologue(&block, 0);
         save(&worker, &RingCursor::tasks(shared), 0);
@@ -50,19 +41,29 @@ pub fn run() {
     }
 }
 
+/// The block as the loop around ops sees it.
+#[inline(always)]
+fn loop_block(shared: u32, thread_idx: u32) -> Block {
+    Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS)
+}
+
+/// Its worker.
+#[inline(always)]
+fn loop_worker(shared: u32, block: &Block, progress: Progress) -> Worker<'_, Block> {
+    // SAFETY: by the contract of the kernel; blocks have different indices.
+    unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), block, progress) }
+}
+
 /// Runs the next task, and those that follow and are like it; false if the block stops.
 #[inline(always)]
 fn turn() -> bool {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     barrier::sync_warp();
     let (position, progress) = saved(place(shared, thread_idx));
-    let block =
-        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block = loop_block(shared, thread_idx);
     block.lead_word.set(position >> 16);
     let tasks = next_task(shared, position);
-    // SAFETY: as in `run`.
-    let worker =
-        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
+    let worker = loop_worker(shared, &block, progress);
 
     tasks.wait_full();
     let slot = slot_of(shared, &tasks);
@@ -104,12 +105,9 @@ pub fn follow(is_alike: impl FnOnce(u32, &Task) -> bool) -> Option<u32> {
         return None;
     }
     finish();
-    let block =
-        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
+    let block = loop_block(shared, thread_idx);
     block.lead_word.set(position >> 16);
-    // SAFETY: as in `run`.
-    let worker =
-        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
+    let worker = loop_worker(shared, &block, progress);
     let now_ns = worker.trace_ns();
     begin(&worker, &Claim::new(task, task_idx, epoch), now_ns, &tasks, slot);
     Some(slot)
@@ -172,11 +170,8 @@ fn finish() {
     let (trace_count, slot) =
         unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
     let progress = Progress { trace_count, ..Progress::NONE };
-    let block =
-        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
-    // SAFETY: as in `run`.
-    let worker =
-        unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, progress) };
+    let block = loop_block(shared, thread_idx);
+    let worker = loop_worker(shared, &block, progress);
     // SAFETY: the record in the slot, which is full.
     let task = unsafe { &*(generic(slot) as *const Task) };
     worker.finish(&Claim::new(task, 0, 0));
@@ -209,12 +204,8 @@ fn overdue(code: FaultCode) -> ! {
     let (task_idx, epoch) = unsafe {
         (load_shared_word(shared + TASK_WORD), load_shared_word(place(shared, 0) + EPOCH))
     };
-    let block =
-        Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS);
-    // SAFETY: as in `run`.
-    let worker = unsafe {
-        Worker::new(reference_over_calls(shared), sreg::block_idx(), &block, Progress::NONE)
-    };
+    let block = loop_block(shared, thread_idx);
+    let worker = loop_worker(shared, &block, Progress::NONE);
     worker.miss(code, task_idx, epoch);
     sreg::trap()
 }

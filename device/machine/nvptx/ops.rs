@@ -4,12 +4,11 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
-use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
-use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS, STEP};
+use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
 use super::attention::Heads;
-use super::block::{Block, Kind};
+use super::block::{Block, Kind, near_step};
 use super::compute::Kept;
 use super::digest::Digest;
 use super::header::reference;
@@ -62,9 +61,8 @@ fn has_stopped() -> bool {
 #[inline(always)]
 fn has_few_rows(task: &Task, slot: u32) -> bool {
     let rows = LinearArgs::unpack(task).token_rows;
-    // SAFETY: the copy of the step that `keep_step` has made.
-    let step = unsafe { &*(generic(shared_base() + STEP) as *const StepState) };
-    step.row_count(rows) <= Digest::read(slot).narrow_rows_max
+    let step_view = near_step(shared_base());
+    step_view.get(0).row_count(rows) <= Digest::read(slot).narrow_rows_max
 }
 
 /// Whether the task in `slot` is a linear one of `kind`, which is of bf16 weights and few rows.
