@@ -166,7 +166,7 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         step_tokens_max: options.step_tokens_max,
         task_rows_max: 1,
         head_task_count: 0,
-        reserved: 0,
+        late_splits_max: late_splits_max(config, options.is_stamped),
         prologue_dim_max: prologue_dim.max(inner_dim),
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         is_stamped: options.is_stamped.into(),
@@ -178,6 +178,15 @@ fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
             head_dim: config.head_dim,
         },
     }
+}
+
+/// Splits that are merged by the projection: all, or where stamps let attention do it, as many as it is
+/// faster for on an H200: each of its tasks reads them all.
+fn late_splits_max(config: &ModelConfig, is_stamped: bool) -> u32 {
+    const SPLITS_MAX: u32 = 8;
+    const VALUES_MAX: u32 = 16_384;
+    let few = (VALUES_MAX / config.query_dim()).clamp(1, SPLITS_MAX);
+    if is_stamped { few } else { ATTENTION_SPLIT_MAX }
 }
 
 /// Event of `Sample`, for which the next step's `Admit` waits.
@@ -406,6 +415,7 @@ impl<'a> Builder<'a> {
         let positions = ATTENTION_POSITIONS_NOMINAL.min(kv.context_max.into());
         let cost = positions * u64::from(kv.head_dim) * 2 * size_of::<f32>() as u64;
         let task_count = kv.kv_head_count * part_count;
+        let group = self.dims.heads_per_kv();
         self.costs.push(vec![cost / u64::from(part_count); task_count as usize]);
         for task_idx in 0..task_count {
             let (kv_head_idx, part_idx) = (task_idx / part_count, task_idx % part_count);
@@ -414,8 +424,9 @@ impl<'a> Builder<'a> {
                 kv_head_idx,
                 part_idx,
                 part_count,
+                columns: AttentionArgs::columns_of(group * kv.head_dim, part_idx, part_count),
                 qkv: self.plan.qkv,
-                splits: self.plan.splits,
+                splits: self.plan.splits + self.dims.split_idx(0, kv_head_idx * group, 0) * 4,
                 query_norm,
                 key_norm,
                 is_announced: edge.is_announced,

@@ -9,7 +9,8 @@
 //!   belongs to the next step; what a task reads was all written by the stage before it, and what
 //!   it writes is read; each row of each matrix is multiplied once in a step.
 //!
-//! Order comes from events alone. Queues give none, since idle workers take tasks of others.
+//! Order comes from events alone. Queues give none, since idle workers take tasks of others. Where values
+//! are stamped none does, and attention tasks of a stage wait for each other: they are different workers'.
 //! Whether the program computes the right network is not proved here; the golden tests see to that.
 
 mod access;
@@ -25,7 +26,8 @@ mod tasks;
 mod tests;
 
 use tilert_mk_shared::limits::{
-    HEAD_DIM_MAX, HEADS_PER_KV_MAX, SLOT_COUNT_MAX, STEP_TOKENS_MAX, VOCAB_MAX, WORKER_COUNT_MAX,
+    ATTENTION_SPLIT_MAX, HEAD_DIM_MAX, HEADS_PER_KV_MAX, SLOT_COUNT_MAX, STEP_TOKENS_MAX,
+    VOCAB_MAX, WORKER_COUNT_MAX,
 };
 use tilert_mk_shared::program::{Dims, HeapPlan};
 
@@ -122,6 +124,11 @@ pub(crate) fn check_dims(dims: &Dims, worker_count: u64) -> Result<(), ValidateE
     bound("hidden_dim", dims.hidden_dim.into(), HIDDEN_DIM_MAX.into())?;
     bound("intermediate_dim", dims.intermediate_dim.into(), INTERMEDIATE_DIM_MAX.into())?;
     bound("vocab_size", dims.vocab_size.into(), VOCAB_MAX.into())?;
+    bound("late_splits_max", dims.late_splits_max.into(), ATTENTION_SPLIT_MAX.into())?;
+    if dims.is_stamped == 0 && dims.late_splits_max != ATTENTION_SPLIT_MAX {
+        let (found, expected) = (dims.late_splits_max.into(), ATTENTION_SPLIT_MAX.into());
+        return Err(ValidateError::Count { what: "splits merged by projections", found, expected });
+    }
     let group = dims.head_count.div_ceil(kv.kv_head_count);
     bound("head_count / kv_head_count", group.into(), HEADS_PER_KV_MAX.into())?;
     if dims.head_count.is_multiple_of(kv.kv_head_count) {

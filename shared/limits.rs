@@ -12,6 +12,9 @@ pub const WORKER_COUNT_MAX: u32 = 1024;
 pub const SEGMENT_COUNT_MAX: usize = 3;
 /// Partial results into which attention over one sequence is split at most.
 pub const ATTENTION_SPLIT_MAX: u32 = 16;
+/// Rows of a head in the splits region: its splits, then what they are together, where attention
+/// merges them.
+pub const SPLIT_ROWS: u32 = ATTENTION_SPLIT_MAX + 1;
 /// Neighbouring positions that belong to the same attention split.
 pub const ATTENTION_BLOCK: u32 = 64;
 /// Query heads that share one KV head.

@@ -2,7 +2,7 @@
 
 use crate::event::EVENT_STRIDE_BYTES;
 use crate::kv::KvGeometry;
-use crate::limits::ATTENTION_SPLIT_MAX;
+use crate::limits::{ATTENTION_SPLIT_MAX, SPLIT_ROWS};
 use crate::mailbox::MailboxView;
 use crate::queue::CURSOR_STRIDE_BYTES;
 use crate::sequence::{SequenceState, StepState};
@@ -36,8 +36,9 @@ pub struct Dims {
     pub is_stamped: u32,
     /// Tasks that compute logits, each of which leaves the best of its own; 0 if none does.
     pub head_task_count: u32,
-    /// Keeps what follows aligned.
-    pub reserved: u32,
+    /// Splits of a token up to which the projection after attention merges them; where there are more, the
+    /// attention tasks of each KV head merge them together.
+    pub late_splits_max: u32,
     /// The KV cache.
     pub kv: KvGeometry,
 }
@@ -62,12 +63,20 @@ impl Dims {
         (self.kv.head_dim + 2).next_multiple_of(16)
     }
 
-    /// Index of the first value of split `split_idx` of `(token_idx, head_idx)` in the splits
-    /// region, `[tokens, head_count, ATTENTION_SPLIT_MAX, split_values] f32`.
+    /// Of each head's rows in the splits region, those that the projection merges for a token with
+    /// `split_count` splits: the first, and how many.
+    #[inline]
+    pub const fn rows_to_merge(&self, split_count: u32) -> [u32; 2] {
+        let is_late = split_count <= self.late_splits_max;
+        if is_late { [0, split_count] } else { [ATTENTION_SPLIT_MAX, 1] }
+    }
+
+    /// Index of the first value of row `split_idx` of `(token_idx, head_idx)` in the splits
+    /// region, `[tokens, head_count, SPLIT_ROWS, split_values] f32`.
     #[inline]
     pub const fn split_idx(&self, token_idx: u32, head_idx: u32, split_idx: u32) -> u64 {
         let row = token_idx as u64 * self.head_count as u64 + head_idx as u64;
-        (row * ATTENTION_SPLIT_MAX as u64 + split_idx as u64) * self.split_values() as u64
+        (row * SPLIT_ROWS as u64 + split_idx as u64) * self.split_values() as u64
     }
 
     /// Values of a worker's scratch for the input rows of a linear task or the rotated queries of an
@@ -141,7 +150,7 @@ pub struct HeapPlan {
     pub hidden: u64,
     /// `[tokens, qkv_dim] f32`.
     pub qkv: u64,
-    /// `[tokens, head_count, ATTENTION_SPLIT_MAX, split_values] f32`.
+    /// `[tokens, head_count, SPLIT_ROWS, split_values] f32`.
     pub splits: u64,
     /// `[tokens, intermediate_dim] f32`.
     pub intermediate: u64,

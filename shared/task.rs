@@ -187,10 +187,13 @@ pub struct AttentionArgs {
     pub part_idx: u32,
     /// Parts into which the head's splits are dealt, at most `ATTENTION_SPLIT_MAX`.
     pub part_count: u32,
+    /// Of the columns that the head's queries have together, those of which the task merges the splits,
+    /// where attention does (`Dims::late_splits_max`); the end last.
+    pub columns: [u32; 2],
     /// Heap offset of `[tokens, (head_count + 2 * kv_head_count) * head_dim] f32`: queries, keys,
     /// values.
     pub qkv: u64,
-    /// Heap offset of the splits region (`HeapPlan::splits`).
+    /// Heap offset of the first token's splits of the head's queries (`Dims::split_idx`).
     pub splits: u64,
     /// Address of the query norm's weight, `[head_dim] f32`; 0 for none.
     pub query_norm: u64,
@@ -209,6 +212,8 @@ impl AttentionArgs {
         task.words[1] = self.kv_head_idx;
         task.words[2] = self.part_idx;
         task.words[3] = self.part_count;
+        task.words[4] = self.columns[0];
+        task.words[5] = self.columns[1];
         task.refs[0] = self.qkv;
         task.refs[1] = self.splits;
         task.refs[2] = self.query_norm;
@@ -224,12 +229,19 @@ impl AttentionArgs {
             kv_head_idx: task.words[1],
             part_idx: task.words[2],
             part_count: task.words[3],
+            columns: [task.words[4], task.words[5]],
             qkv: task.refs[0],
             splits: task.refs[1],
             query_norm: task.refs[2],
             key_norm: task.refs[3],
             is_announced: task.is_announced(),
         }
+    }
+
+    /// The columns of a part, of `count`: whole fours, as many for each part as can be.
+    pub const fn columns_of(count: u32, part_idx: u32, part_count: u32) -> [u32; 2] {
+        let fours = count / 4;
+        [fours * part_idx / part_count * 4, fours * (part_idx + 1) / part_count * 4]
     }
 }
 
@@ -303,6 +315,7 @@ mod tests {
             kv_head_idx: 2,
             part_idx: 5,
             part_count: 7,
+            columns: [24, 32],
             qkv: 5 << 33,
             splits: 6 << 33,
             query_norm: 7 << 33,
@@ -310,6 +323,10 @@ mod tests {
             is_announced: true,
         };
         assert_eq!(AttentionArgs::unpack(&attention.pack()), attention);
+        let all =
+            |count: u32| [0, 1, 2, 3, 4, 5, 6].map(|idx| AttentionArgs::columns_of(count, idx, 7));
+        assert_eq!(all(56), [0, 8, 16, 24, 32, 40, 48].map(|first| [first, first + 8]));
+        assert_eq!(all(8), [[0, 0], [0, 0], [0, 0], [0, 4], [4, 4], [4, 4], [4, 8]]);
         let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };
         assert_eq!(EmbedArgs::unpack(&embed.pack()), embed);
         let sample = SampleArgs { also_event: EventId(12), also_count: 13 };

@@ -9,7 +9,9 @@ use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::machine::{Attention, Machine, Rows};
-use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, DECODE_TOKENS_MAX, STEP_TOKENS_MAX};
+use tilert_mk_shared::limits::{
+    ATTENTION_SPLIT_MAX, DECODE_TOKENS_MAX, SPLIT_ROWS, STEP_TOKENS_MAX,
+};
 use tilert_mk_shared::task::{
     Epilogue, LinearArgs, Precision, Prologue, Segment, TokenRows, WeightFormat,
 };
@@ -118,7 +120,7 @@ fn attend(criterion: &mut Criterion) {
         let [mut keys, mut cached] = [0; 2].map(|_| values(positions * HEAD_DIM));
         let [mut queries, mut scratch] = [0; 2].map(|_| values(QUERY_COUNT * HEAD_DIM));
         let [mut key, mut value, mut cos, mut sin] = [0; 4].map(|_| values(HEAD_DIM));
-        let mut out = values(QUERY_COUNT * ATTENTION_SPLIT_MAX as usize * 144);
+        let mut out = values(QUERY_COUNT * SPLIT_ROWS as usize * 144);
         let half = HEAD_DIM / 2;
         let none = span(&mut key).sub(0, 0);
         let attention = Attention {

@@ -21,7 +21,7 @@ pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter};
 use crate::worker::{Claim, Stopped, Worker};
 use core::ops::Deref;
 use memory::Span;
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::program::{Dims, ProgramHeader};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
@@ -81,7 +81,7 @@ pub struct Attention {
     /// From one of its splits to the next.
     pub part_count: u32,
     /// For each query and split `[head_dim]` weighted values, the largest score, the sum of weights:
-    /// `[query_count, ATTENTION_SPLIT_MAX, split_values]`.
+    /// `[query_count, SPLIT_ROWS, split_values]`.
     pub out: Span<f32>,
     /// See `out`.
     pub split_values: usize,
@@ -93,8 +93,29 @@ impl Attention {
     /// Index in `out` of what belongs to a query and a split.
     #[inline(always)]
     pub fn out_idx(&self, query: u32, split: u32) -> usize {
-        (query * ATTENTION_SPLIT_MAX + split) as usize * self.split_values
+        (query * SPLIT_ROWS + split) as usize * self.split_values
     }
+}
+
+/// The part of a task in merging the splits of its KV head, for all tokens of the step.
+#[derive(Clone, Copy, Debug)]
+pub struct Join<F> {
+    /// Tokens.
+    pub count: usize,
+    /// Splits of a token: `F(token)`; 0 to leave them alone.
+    pub split_count: F,
+    /// Of the values that a token's queries have together, those that the task merges: whole fours; the
+    /// end last.
+    pub columns: [u32; 2],
+    /// Values of a head.
+    pub head_dim: u32,
+    /// From one split to the next.
+    pub split_values: u32,
+    /// Address of the first token's splits of these queries, as in `Attention::out`. After the last split
+    /// a row has what they are together: the merged values, 0 for a score and 1 for a sum of weights.
+    pub splits: u64,
+    /// Bytes to the next token's.
+    pub pitch: u32,
 }
 
 /// Some products of a linear task, and what becomes of them.
@@ -278,9 +299,19 @@ pub trait Machine {
         best: impl Fn(usize) -> BestPlace,
     );
 
+    /// Whether the attention task that runs merges splits: with stamps and in a step where a token has
+    /// more than `Dims::late_splits_max`.
+    fn joins(&self) -> bool {
+        false
+    }
+
+    /// Collective: merges what `attend` of all parts of a KV head leaves, as `Join` says; only where
+    /// `joins` says so.
+    fn join(&self, _join: &Join<impl Fn(usize) -> u32>) {}
+
     /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,
     /// into row `row` of the input rows `out`. `splits`
-    /// is `[head_count, ATTENTION_SPLIT_MAX, split_values]`. Not yet visible to other lanes.
+    /// is `[head_count, SPLIT_ROWS, split_values]`. Not yet visible to other lanes.
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize);
 
     /// Collective: appends a token's key and value and attends, split by split.

@@ -5,13 +5,16 @@
 //! task's input is ready.
 
 use tilert_mk_shared::kv::attention_split_count;
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::sequence::StepToken;
 use tilert_mk_shared::task::AttentionArgs;
 
 use crate::machine::memory::Span;
-use crate::machine::{Attention, Machine};
+use crate::machine::{Attention, Join, Machine};
 use crate::worker::{Claim, Worker};
+
+/// Bytes of an `f32`.
+const VALUE_BYTES: u32 = size_of::<f32>() as u32;
 
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
@@ -36,7 +39,30 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
         }
         token_idx += 1;
     }
+    if worker.machine.joins() {
+        join(worker, claim);
+    }
     worker.announce(claim);
+}
+
+/// Merges the splits of the task's KV head, together with the tasks that have its other parts.
+#[inline(always)]
+fn join<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+    // Again: a GPU has no registers to keep it in while it attends.
+    let (step_view, header) = (super::step(worker), worker.header());
+    let (step, dims, args) = (step_view.get(0), &header.dims, AttentionArgs::unpack(claim.task));
+    worker.machine.join(&Join {
+        count: step.token_count as usize,
+        split_count: |token: usize| {
+            let count = attention_split_count(step.tokens[token].position);
+            if count > dims.late_splits_max { count } else { 0 }
+        },
+        columns: args.columns,
+        head_dim: dims.kv.head_dim,
+        split_values: dims.split_values(),
+        splits: header.heap + args.splits,
+        pitch: dims.head_count * SPLIT_ROWS * dims.split_values() * VALUE_BYTES,
+    });
 }
 
 /// What the task does for a token.
@@ -67,8 +93,8 @@ fn attention<M: Machine>(
         let first = kv.key_idx(args.layer_idx, token.slot, args.kv_head_idx);
         worker.heap(plan.kv + (first + idx * kv.plane_values()) * 4, kv.plane_values())
     };
-    let out = dims.split_idx(token_idx, args.kv_head_idx * group, 0);
-    let out_values = u64::from(group * ATTENTION_SPLIT_MAX * dims.split_values());
+    let out = dims.split_idx(token_idx, 0, 0) * u64::from(VALUE_BYTES);
+    let out_values = u64::from(group * SPLIT_ROWS * dims.split_values());
     Attention {
         head_dim: dim as usize,
         query_count: group as usize,
@@ -86,7 +112,7 @@ fn attention<M: Machine>(
         scale: dims.attention_scale,
         part_idx: args.part_idx,
         part_count: args.part_count,
-        out: worker.heap(args.splits + out * 4, out_values),
+        out: worker.heap(args.splits + out, out_values),
         split_values: dims.split_values() as usize,
         scratch: super::scratch_input(worker),
     }

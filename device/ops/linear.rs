@@ -1,7 +1,7 @@
 //! Linear: a prologue, rows of up to three matrices times the step's activations, an epilogue.
 
 use tilert_mk_shared::kv::attention_split_count;
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{Epilogue, LinearArgs, Prologue, Task, TokenRows};
 
@@ -118,13 +118,15 @@ impl<'a, M: Machine> Input<'a, M> {
             Prologue::MergeSplits => {
                 let header = worker.header();
                 let dims = &header.dims;
-                let values = u64::from(dims.head_count * ATTENTION_SPLIT_MAX * dims.split_values());
+                let rows = dims.head_count * SPLIT_ROWS;
                 for row in 0..count {
                     let token_idx = self.token_of(row);
-                    let first = dims.split_idx(token_idx as u32, 0, 0);
-                    let splits = worker.heap::<f32>(args.x + first * 4, values);
                     let split_count = attention_split_count(step.tokens[token_idx].position);
-                    worker.machine.merge(dims, splits, split_count as usize, x, row);
+                    let [first, count] = dims.rows_to_merge(split_count);
+                    let values = u64::from((rows - first) * dims.split_values());
+                    let first = dims.split_idx(token_idx as u32, 0, first);
+                    let splits = worker.heap::<f32>(args.x + first * 4, values);
+                    worker.machine.merge(dims, splits, count as usize, x, row);
                 }
                 worker.machine.sync();
             }

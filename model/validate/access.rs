@@ -4,7 +4,7 @@
 //! access is a range of columns, in all rows; of the KV cache, a split of one head of one layer in all
 //! slots; of everything else, the whole. A worker's scratch is its own and needs no order.
 
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SPLIT_ROWS};
 use tilert_mk_shared::program::{Dims, HeapPlan};
 use tilert_mk_shared::task::AttentionArgs;
 
@@ -172,7 +172,19 @@ impl Accesses {
         self.write(Region::Hidden, 0, dims.hidden_dim.into());
     }
 
-    /// `Attention` appends to its head's part of the cache and attends over it.
+    /// A projection reads the splits of all heads, and what attention has merged where it does.
+    pub(super) fn merge(&mut self, dims: &Dims) {
+        let split_values = u64::from(dims.split_values());
+        let merges_all = dims.late_splits_max >= ATTENTION_SPLIT_MAX;
+        let rows = if merges_all { ATTENTION_SPLIT_MAX } else { SPLIT_ROWS };
+        for head in 0..u64::from(dims.head_count) {
+            let first = head * u64::from(SPLIT_ROWS) * split_values;
+            self.read(Region::Splits, first, first + u64::from(rows) * split_values);
+        }
+    }
+
+    /// `Attention` appends to its head's part of the cache and attends over it. What it reads of the splits
+    /// of others, of its own stage, `stamps::check_exchange` looks at.
     pub(super) fn attention(&mut self, dims: &Dims, args: &AttentionArgs) {
         let dim = u64::from(dims.kv.head_dim);
         let (head_count, group) = (u64::from(dims.head_count), u64::from(dims.heads_per_kv()));
@@ -192,12 +204,27 @@ impl Accesses {
         let (step, len) = if part_count == 1 { (split_max, split_max) } else { (part_count, 1) };
         for split in (u64::from(args.part_idx)..split_max).step_by(step as usize) {
             for head in query..query + group {
-                let first = head * split_max + split;
+                let first = head * u64::from(SPLIT_ROWS) + split;
                 self.write(Region::Splits, first * split_values, (first + len) * split_values);
             }
             let first = plane * split_max + split;
             self.read(Region::Kv, first, first + len);
             self.write(Region::Kv, first, first + len);
+        }
+        if dims.late_splits_max >= ATTENTION_SPLIT_MAX {
+            return;
+        }
+        // Of all queries' columns one after the other.
+        let columns = args.columns.map(u64::from);
+        for head in 0..group {
+            let [first, end] =
+                columns.map(|column| column.clamp(head * dim, (head + 1) * dim) - head * dim);
+            let row = ((query + head) * u64::from(SPLIT_ROWS) + split_max) * split_values;
+            self.write(Region::Splits, row + first, row + end);
+            // Who has a head's first columns leaves its score and sum of weights.
+            if first == 0 && end > 0 {
+                self.write(Region::Splits, row + dim, row + split_values);
+            }
         }
     }
 }

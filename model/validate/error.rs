@@ -66,6 +66,16 @@ pub enum ValidateError {
         /// The event.
         event: u32,
     },
+    /// Two tasks wait for each other's splits but cannot run at the same time.
+    #[error("tasks `{task}` and `{other}` exchange splits within their stage but {why}")]
+    Exchange {
+        /// One task.
+        task: String,
+        /// The other.
+        other: String,
+        /// What is in the way.
+        why: &'static str,
+    },
     /// A task says that what it adds to is of another stage than any can be.
     #[error("task `{task}` adds to what event {age} before its own has left")]
     ResidualAge {

@@ -1,8 +1,10 @@
-//! Stamped values: every read expects the stamp that the last writer has left, and whoever an
-//! announced task hints to looks at stamps.
+//! Stamped values: every read expects the stamp that the last writer has left, whoever an announced
+//! task hints to looks at stamps, and tasks that wait for each other run at the same time.
+
+use std::collections::HashMap;
 
 use tilert_mk_shared::task::{
-    Epilogue, LinearArgs, Opcode, RESIDUAL_AGE_MAX, SampleArgs, Task, TokenRows,
+    AttentionArgs, Epilogue, LinearArgs, Opcode, RESIDUAL_AGE_MAX, SampleArgs, Task, TokenRows,
 };
 
 use super::access::Region;
@@ -60,6 +62,39 @@ pub(super) fn check(program: &Program, order: &Order) -> Result<(), ValidateErro
             };
             if !is_right {
                 return Err(ValidateError::ResidualAge { task: name(program, task_idx), age });
+            }
+        }
+    }
+    if program.dims.is_stamped != 0 { check_exchange(program, order) } else { Ok(()) }
+}
+
+/// The parts of a KV head merge its splits together: each waits for all others of its stage. That ends
+/// if no worker has two of a stage, since whatever a worker has before them is of earlier stages; and a
+/// split is not overwritten before its readers have read it, since whoever does needs what all of them
+/// have merged.
+fn check_exchange(program: &Program, order: &Order) -> Result<(), ValidateError> {
+    let mut stage_of_head = HashMap::new();
+    for span in &program.queue_spans {
+        let (first, end) = (span.first as usize, (span.first + span.count) as usize);
+        let mut own = HashMap::new();
+        for &task_idx in &program.queue_entries[first..end] {
+            let task = &program.tasks[task_idx as usize];
+            let args = AttentionArgs::unpack(task);
+            if task.opcode != Opcode::Attention as u16 || args.part_count == 1 {
+                continue;
+            }
+            let stage = order.stage_of[task_idx as usize];
+            let refuse = |other: u32, why| {
+                let (task, other) = (name(program, task_idx), name(program, other));
+                Err(ValidateError::Exchange { task, other, why })
+            };
+            if let Some(other) = own.insert(stage, task_idx) {
+                return refuse(other, "are one worker's");
+            }
+            let head = (args.layer_idx, args.kv_head_idx);
+            let (known, other) = *stage_of_head.entry(head).or_insert((stage, task_idx));
+            if known != stage {
+                return refuse(other, "are of different stages");
             }
         }
     }

@@ -154,8 +154,18 @@ impl<'a> Checker<'a> {
         let part_max = u64::from(ATTENTION_SPLIT_MAX);
         within("part_count", args.part_count.into(), 1, part_max)?;
         within("part_idx", args.part_idx.into(), 0, u64::from(args.part_count) - 1)?;
+        let group = self.dims.heads_per_kv();
+        let expected =
+            AttentionArgs::columns_of(group * kv.head_dim, args.part_idx, args.part_count);
+        for (value, expected) in args.columns.map(u64::from).into_iter().zip(expected) {
+            let expected = expected.into();
+            if value != expected {
+                return Err(Defect::Dimension { what: "columns", value, expected });
+            }
+        }
         begins("qkv", args.qkv, self.program.plan.qkv)?;
-        begins("splits", args.splits, self.program.plan.splits)?;
+        let first = self.dims.split_idx(0, args.kv_head_idx * group, 0);
+        begins("splits", args.splits, self.program.plan.splits + first * 4)?;
         for (what, norm) in [("query_norm", args.query_norm), ("key_norm", args.key_norm)] {
             if norm != 0 {
                 self.vector(what, norm, kv.head_dim.into())?;
@@ -228,7 +238,7 @@ impl<'a> Checker<'a> {
             if in_dim != expected {
                 return Err(Defect::Dimension { what: "in_dim", value: in_dim, expected });
             }
-            self.accesses.read(Region::Splits, 0, self.dims.split_idx(1, 0, 0));
+            self.accesses.merge(self.dims);
             return Ok(());
         }
         let (region, column, width) = self.locate("x", args.x)?;

@@ -24,6 +24,11 @@ pub(super) const SHAPES: [Shape; 5] = [
 
 /// Lowers a shape for a number of workers.
 pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Program {
+    lowered(shape, worker_count, tile_bytes, false)
+}
+
+/// The same, for a device that stamps values or not.
+fn lowered(shape: &Shape, worker_count: u32, tile_bytes: u64, is_stamped: bool) -> Program {
     let (family, [hidden, inner, layers, heads, kv_heads, head_dim, vocab], tied) = shape;
     let json = format!(
         r#"{{"model_type": "{family}", "hidden_size": {hidden}, "intermediate_size": {inner},
@@ -41,7 +46,7 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
         precision: Precision::Exact,
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
-        is_stamped: false,
+        is_stamped,
     };
     lower(&ModelConfig::parse(&json).unwrap(), &options).unwrap()
 }
@@ -112,8 +117,10 @@ fn lowered_programs_pass() {
     for shape in &SHAPES {
         for worker_count in [1, 2, 3, 7, 16, 132] {
             for tile_bytes in [1, 1 << 11, 1 << 17] {
-                validate(&program(shape, worker_count, tile_bytes))
-                    .unwrap_or_else(|error| panic!("{shape:?} {worker_count}: {error}"));
+                for is_stamped in [false, true] {
+                    validate(&lowered(shape, worker_count, tile_bytes, is_stamped))
+                        .unwrap_or_else(|error| panic!("{shape:?} {worker_count}: {error}"));
+                }
             }
         }
     }

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Decoding by PyTorch with a CUDA graph: the time of a token, on random weights.
 
-usage: torch_peer.py CONFIG.json [--prompt 64] [--tokens 200] [--context 1024]
+usage: torch_peer.py CONFIG.json [--prompt 64] [--tokens 200] [--context 1024] [--compile]
 
 One sequence, bf16, a cache of fixed length, the whole token in one graph: embedding, layers, head and
 the choice of the largest logit, whose token is the next one's input. Projections of queries, keys and
-values are one product, those of gate and up another; nothing is compiled.
+values are one product, those of gate and up another. With --compile, torch.compile makes its own
+kernels of a layer and of what follows the layers; it needs a C compiler.
 Prints one JSON object with microseconds. Positions before the timed ones are zeros in the cache,
 which costs as much as a prompt of that length.
 """
@@ -47,6 +48,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     c = json.load(open(args.config))
     hidden, inner, vocab = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
@@ -69,14 +71,17 @@ def main():
     token = torch.zeros(1, dtype=torch.long, device="cuda")
     position = torch.full((1,), args.prompt, dtype=torch.long, device="cuda")
     has_norms = c["model_type"] == "qwen3"
+    compiled = torch.compile if args.compile else lambda function: function
+    run_layer = compiled(layer)
+    choose = compiled(lambda x: F.linear(norm(x, last, eps), head).argmax(-1))
 
     def decode():
         x = F.embedding(token, table)
         mask = (step <= position).view(1, 1, 1, -1)
         turns = (cos.index_select(0, position), sin.index_select(0, position))
         for weights, cache in zip(layers, caches):
-            x = layer(x, weights, cache, position, mask, *turns, heads, dim, eps, has_norms)
-        token.copy_(F.linear(norm(x, last, eps), head).argmax(-1))
+            x = run_layer(x, weights, cache, position, mask, *turns, heads, dim, eps, has_norms)
+        token.copy_(choose(x))
         position.add_(1)
 
     with torch.no_grad():

@@ -233,8 +233,10 @@ fn run(rig: &Rig, has_norm: bool, part_count: u32) -> Vec<u32> {
                 kv_head_idx: idx / part_count,
                 part_idx: idx % part_count,
                 part_count,
+                columns: [0; 2],
                 qkv: plan.qkv,
-                splits: plan.splits,
+                splits: plan.splits
+                    + dims.split_idx(0, idx / part_count * dims.heads_per_kv(), 0) * 4,
                 query_norm: norm(0),
                 key_norm: norm(1),
                 is_announced: false,

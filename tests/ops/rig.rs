@@ -13,7 +13,7 @@ use tilert_mk_shared::ABI_VERSION;
 use tilert_mk_shared::event::{EVENT_STRIDE_BYTES, EventId};
 use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::kv::KvGeometry;
-use tilert_mk_shared::limits::STEP_TOKENS_MAX;
+use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, STEP_TOKENS_MAX};
 use tilert_mk_shared::mailbox::Mailbox;
 use tilert_mk_shared::program::{Dims, HeapPlan, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
@@ -116,7 +116,7 @@ pub(crate) fn dims(hidden_dim: u32, heads: [u32; 3], context_max: u32) -> Dims {
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         is_stamped: 0,
         head_task_count: 0,
-        reserved: 0,
+        late_splits_max: ATTENTION_SPLIT_MAX,
         kv: KvGeometry { layer_count: 2, slot_count: 3, kv_head_count, context_max, head_dim },
     }
 }

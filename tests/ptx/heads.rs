@@ -78,6 +78,13 @@ fn heads_of_all_shapes_give_the_logits_of_the_cpu() {
     check((4, 1, 128, "Qwen3"), 70, &[(80, 2, 8)]);
 }
 
+/// So many values of queries that attention merges two splits already; in steps of three tokens, one that
+/// has two beside others.
+#[test]
+fn attention_that_merges_gives_the_logits_of_the_cpu() {
+    check((72, 8, 128, "Llama"), 68, &[(90, 17, 3), (90, 1, 8)]);
+}
+
 #[test]
 #[ignore = "takes minutes"]
 fn long_sequences_give_the_logits_of_the_cpu() {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tilert_mk_shared::kv::{attention_split, attention_split_count};
-use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, SPLIT_ROWS};
 use tilert_mk_shared::program::{Dims, INPUT_ROW_MULTIPLE};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
@@ -235,7 +235,7 @@ impl Machine for Thread {
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (dim, stride) = (dims.kv.head_dim as usize, dims.split_values() as usize);
         for head_idx in 0..dims.head_count as usize {
-            let first = head_idx * ATTENTION_SPLIT_MAX as usize;
+            let first = head_idx * SPLIT_ROWS as usize;
             let split = |idx: usize| splits.sub((first + idx) * stride, dim + 2);
             let mut largest = f32::NEG_INFINITY;
             for idx in 0..split_count {

@@ -10,17 +10,19 @@
 //! Eight lanes share a key: each has four columns of every 32 of a head's lower half, and those that
 //! rotation pairs them with in the upper half.
 
+mod join;
 mod lane;
 mod scan;
 
 use tilert_mk_shared::kv::attention_split_count;
-use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX, HEAD_DIM_MAX};
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, HEAD_DIM_MAX, SPLIT_ROWS};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::tile::{
     ATTENTION_QUERIES, ATTENTION_SCORES, ATTENTION_SUMS, ATTENTION_VALUES, COMPUTE_WARPS,
     WARP_LANES,
 };
 
+pub use self::join::join;
 use self::lane::{KEY_STEP, KEYS, Lane, Numbers, Places};
 use self::scan::{KEYS_AHEAD, VALUES_AHEAD, leave, leave_scores, scan};
 use super::barrier::{sync_compute, sync_warp};
@@ -238,7 +240,7 @@ fn combine<const B: usize, const Q: usize>(
     let last = (count / (KEYS * B as u32)) as usize;
     let dim = 2 * lane.half;
     let [_, out] = Places::KeyNormAndOut.get(lane);
-    let row = (pass.query + query) * ATTENTION_SPLIT_MAX + pass.split;
+    let row = (pass.query + query) * SPLIT_ROWS + pass.split;
     let stamp = stamped::output_stamp(block);
     let leave = |column: u32, value: f32| {
         let address = out + u64::from(row * split_values + column) * 4;

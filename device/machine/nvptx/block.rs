@@ -29,7 +29,7 @@ use super::ring::PageCursor;
 use super::rows::NormAhead;
 use super::{attention, best, merge, multiply, ops, sreg, stamped};
 use crate::machine::memory::Span;
-use crate::machine::{Attention, BestPlace, Finish, Machine, Rows};
+use crate::machine::{Attention, BestPlace, Finish, Join, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
 
 /// How long an idle block sleeps between looks.
@@ -53,6 +53,8 @@ pub struct Kind {
     pub leaves_best: bool,
     /// The heads of attention.
     pub heads: Heads,
+    /// Whether attention merges splits.
+    pub joins: bool,
 }
 
 impl Kind {
@@ -61,12 +63,12 @@ impl Kind {
 
     /// Of linear tasks.
     pub const fn linear(format: WeightFormat, is_narrow: bool, leaves_best: bool) -> Kind {
-        Kind { format, is_narrow, leaves_best, heads: Heads::Short }
+        Kind { format, is_narrow, leaves_best, heads: Heads::Short, joins: false }
     }
 
     /// Of attention.
-    pub const fn attention(heads: Heads) -> Kind {
-        Kind { heads, ..Kind::NONE }
+    pub const fn attention(heads: Heads, joins: bool) -> Kind {
+        Kind { heads, joins, ..Kind::NONE }
     }
 }
 
@@ -334,6 +336,16 @@ impl Machine for Block {
         if self.leaves_best(finish) {
             self.leave_bests(finish, best);
         }
+    }
+
+    #[inline(always)]
+    fn joins(&self) -> bool {
+        self.kind.joins
+    }
+
+    #[inline(always)]
+    fn join(&self, join: &Join<impl Fn(usize) -> u32>) {
+        attention::join(self, join);
     }
 
     #[inline(always)]

@@ -1,6 +1,6 @@
 //! Merging the splits of attention into input rows.
 
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::program::Dims;
 
 use super::block::{Block, QUAD, TURN};
@@ -36,7 +36,7 @@ pub fn merge_heads<const N: usize>(
             // Past the end the first head is merged and left alone.
             let column = base + step as u32 * TURN;
             let column = if column < len { column } else { 0 };
-            let head = column / dim * ATTENTION_SPLIT_MAX * pitch;
+            let head = column / dim * SPLIT_ROWS * pitch;
             Merge::new(splits + u64::from(head), column % dim, dim)
         });
         let mut first = 0;

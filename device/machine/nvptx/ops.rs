@@ -4,6 +4,7 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
+use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
@@ -39,11 +40,15 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
             // The host does not make such programs for a GPU.
             WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
         },
-        Opcode::Attention => match Heads::of(&worker.header().dims) {
-            Heads::Short => attention_short(slot),
-            Heads::Pairs => attention_pairs(slot),
-            Heads::Middle => attention(slot),
-            Heads::Long => attention_long(slot),
+        Opcode::Attention => match (Heads::of(&worker.header().dims), has_many_splits(worker)) {
+            (Heads::Short, false) => attention_short(slot),
+            (Heads::Pairs, false) => attention_pairs(slot),
+            (Heads::Middle, false) => attention(slot),
+            (Heads::Long, false) => attention_long(slot),
+            (Heads::Short, true) => attention_short_joining(slot),
+            (Heads::Pairs, true) => attention_pairs_joining(slot),
+            (Heads::Middle, true) => attention_joining(slot),
+            (Heads::Long, true) => attention_long_joining(slot),
         },
         Opcode::Sample => sample(slot),
     }
@@ -55,6 +60,16 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
 fn has_stopped() -> bool {
     // SAFETY: a word of the block's memory.
     unsafe { load_shared_word(shared_base() + NOTICE_WORD) != 0 }
+}
+
+/// Whether attention merges splits of any token of the step. That is in functions of its own: code that is
+/// passed by costs a short sequence what it costs to fetch instructions further on.
+#[inline(always)]
+fn has_many_splits(worker: &Worker<Block>) -> bool {
+    let step_view = near_step(shared_base());
+    let (step, late_max) = (step_view.get(0), worker.header().dims.late_splits_max);
+    let tokens = &step.tokens[..step.token_count as usize];
+    tokens.iter().any(|token| attention_split_count(token.position) > late_max)
 }
 
 /// Whether the input rows of the linear task in `slot` are kept as parts.
@@ -145,8 +160,12 @@ op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
 ops!(linear_bf16, Kind::linear(WeightFormat::Bf16, true, false));
 ops!(head_bf16, Kind::linear(WeightFormat::Bf16, true, true));
 op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
-op!(attention_short, Attention, Kind::attention(Heads::Short));
-op!(attention_pairs, Attention, Kind::attention(Heads::Pairs));
-op!(attention, Attention, Kind::attention(Heads::Middle));
-op!(attention_long, Attention, Kind::attention(Heads::Long));
+op!(attention_short, Attention, Kind::attention(Heads::Short, false));
+op!(attention_pairs, Attention, Kind::attention(Heads::Pairs, false));
+op!(attention, Attention, Kind::attention(Heads::Middle, false));
+op!(attention_long, Attention, Kind::attention(Heads::Long, false));
+op!(attention_short_joining, Attention, Kind::attention(Heads::Short, true));
+op!(attention_pairs_joining, Attention, Kind::attention(Heads::Pairs, true));
+op!(attention_joining, Attention, Kind::attention(Heads::Middle, true));
+op!(attention_long_joining, Attention, Kind::attention(Heads::Long, true));
 op!(sample, Sample, Kind::NONE);

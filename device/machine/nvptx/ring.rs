@@ -10,7 +10,9 @@ use tilert_mk_shared::tile::{
 
 use super::loader::RECORD_BYTES;
 use super::memory::load_shared_word;
-use super::{barrier, compute, warp};
+#[cfg(tilert_sm90)]
+use super::warp;
+use super::{barrier, compute};
 
 /// Copies under way at once in a block, of weights of the stage whose input it has. More fill the
 /// queues of the memory system, in which events and activations then wait behind weights.

@@ -1,6 +1,7 @@
 //! `bench decode`: the time of a token, beside what the memory allows.
 //!
-//! A round probes the memory and decodes right after it, so that both meet the same conditions.
+//! A round probes the memory and decodes right after it, so that both meet the same conditions. All rounds
+//! must give the same tokens.
 
 use clap::Args;
 use serde::Serialize;
@@ -12,8 +13,7 @@ use super::{answer, prompt, table, times};
 use crate::bandwidth::{Bandwidth, Probe};
 use crate::cli::ModelArgs;
 use crate::cli::inspect::format_bytes;
-use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::{TpotUs, intervals_ns, tpot};
 
 const EXAMPLES: &str = "\
@@ -27,7 +27,7 @@ Examples:
 pub(super) struct DecodeArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Rounds of a bandwidth probe and a decode.
+    /// Rounds of a bandwidth probe and a decode; an error if their tokens differ.
     #[arg(long, value_name = "N", default_value_t = 5,
           value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
@@ -86,14 +86,19 @@ fn decode(args: &DecodeArgs) -> Result<DecodeFigures> {
     let mut engine = args.model.open(&args.model.engine_options())?;
     let prompt = prompt(args.context, engine.config().vocab_size);
     // The first run touches all memory that a run needs; it is not counted.
-    let _ = intervals(&mut engine, &prompt, args.tokens)?;
+    let first = answer(&mut engine, &prompt, args.tokens + 1)?;
     let peak_resident_bytes = peak_resident_bytes();
     let has_probe = engine.runs_on_host_memory();
     let probe = has_probe.then(|| Probe::new(engine.worker_count())).transpose()?;
     let (mut rounds, mut all_ns) = (Vec::new(), Vec::new());
-    for _ in 0..args.rounds {
+    for round in 1..=args.rounds {
         let bandwidth = probe.as_ref().map(Probe::measure);
-        let round_ns = intervals(&mut engine, &prompt, args.tokens)?;
+        let answer = answer(&mut engine, &prompt, args.tokens + 1)?;
+        if answer.ids != first.ids {
+            let message = format!("round {round} gave other tokens than the one before the first");
+            return Err(Error::Fault(message));
+        }
+        let round_ns: Vec<u64> = intervals_ns(&answer.token_times_ns).collect();
         rounds.push(Round { tpot_us: tpot(round_ns.iter().copied()), bandwidth });
         all_ns.extend(round_ns);
     }
@@ -119,12 +124,6 @@ fn decode(args: &DecodeArgs) -> Result<DecodeFigures> {
         resident_over_weights: peak_resident_bytes.map(|peak| peak as f64 / weight_bytes as f64),
         rounds,
     })
-}
-
-/// Times between the tokens of one answer.
-fn intervals(engine: &mut Engine, prompt: &[u32], token_count: u32) -> Result<Vec<u64>> {
-    let answer = answer(engine, prompt, token_count + 1)?;
-    Ok(intervals_ns(&answer.token_times_ns).collect())
 }
 
 /// The most memory that this process has had resident, where the system tells.

@@ -75,7 +75,12 @@ fn attention_heads_are_appended_once() {
         })
     };
     let name = "layer 1 attention head 1";
-    refused!(edit(name, &|a| a.kv_head_idx = 0), E::Race { region: Region::Splits, .. });
+    let twice = verdict(|p| {
+        let [first, second] = ["layer 1 attention head 0", name].map(|name| find(p, name));
+        (p.tasks[second].words, p.tasks[second].refs) = (p.tasks[first].words, p.tasks[first].refs);
+    });
+    refused!(twice, E::Race { region: Region::Splits, .. });
+    refused!(edit(name, &|a| a.kv_head_idx = 0), E::Task { defect: Defect::Offset { .. }, .. });
     refused!(edit(name, &|a| a.kv_head_idx = 2), E::Task { defect: Defect::Bound { .. }, .. });
     refused!(edit(name, &|a| a.layer_idx = 3), E::Task { defect: Defect::Bound { .. }, .. });
     refused!(
@@ -86,7 +91,7 @@ fn attention_heads_are_appended_once() {
     refused!(edit(name, &|a| a.part_idx = 1), E::Task { defect: Defect::Bound { .. }, .. });
     // Half of the splits, and nobody has the others.
     refused!(
-        edit(name, &|a| a.part_count = 2),
+        edit(name, &|a| (a.part_count, a.columns[1]) = (2, a.columns[1] / 2)),
         E::KvHead { layer_idx: 1, kv_head_idx: 1, split_idx: 1, count: 0 }
     );
     refused!(edit(name, &|a| a.qkv += 4), E::Task { defect: Defect::Offset { .. }, .. });
@@ -310,4 +315,47 @@ fn staging_is_bounded_where_the_machine_is() {
     );
     let task = Staging { task_bytes_max: 1 << 10, ..Staging::UNBOUNDED };
     refused!(validate_for(&program, &task).unwrap_err(), E::Staging { what: "weights", .. });
+}
+
+#[test]
+fn parts_that_exchange_splits_run_at_the_same_time() {
+    let victim = || lowered(&SHAPES[0], 6, 1 << 11, true);
+    let [first, second] = [0, 1].map(|part| format!("layer 1 attention head 1 part {part}"));
+    // Both in one worker's queue, at the place of the second.
+    let mut p = victim();
+    let tasks = [&first, &second].map(|name| find(&p, name) as u32);
+    let at = |p: &Program, task: u32| p.queue_entries.iter().position(|e| *e == task).unwrap();
+    let (from, to) = (at(&p, tasks[0]), at(&p, tasks[1]));
+    let owner = |p: &Program, entry: usize| {
+        let ends = |span: &QueueSpan| (span.first + span.count) as usize <= entry;
+        p.queue_spans.iter().take_while(|span| ends(span)).count()
+    };
+    let (donor, taker) = (owner(&p, from), owner(&p, to));
+    assert!(donor < taker, "parts have workers of their own");
+    p.queue_entries.remove(from);
+    p.queue_entries.insert(to - 1, tasks[0]);
+    p.queue_spans[donor].count -= 1;
+    p.queue_spans[taker].count += 1;
+    p.queue_spans[donor + 1..=taker].iter_mut().for_each(|span| span.first -= 1);
+    refused!(validate(&p).unwrap_err(), E::Exchange { why: "are one worker's", .. });
+    // One of them a stage of its own, which signals what nobody waits for but sampling.
+    let mut p = victim();
+    let (at, sample) = (find(&p, &second), find(&p, "sample"));
+    p.tasks[at].signal_event = p.tasks[sample].wait_event;
+    recount(&mut p);
+    refused!(validate(&p).unwrap_err(), E::Exchange { .. } | E::Race { .. });
+    // Another part's columns.
+    let mut p = victim();
+    let at = find(&p, &second);
+    let mut args = AttentionArgs::unpack(&p.tasks[at]);
+    args.columns = [0, 8];
+    p.tasks[at].words = args.pack().words;
+    refused!(
+        validate(&p).unwrap_err(),
+        E::Task { defect: Defect::Dimension { what: "columns", .. }, .. }
+    );
+    // Nobody merges what projections leave to attention.
+    let mut p = program(&SHAPES[0], 2, 1 << 11);
+    p.dims.late_splits_max -= 1;
+    refused!(validate(&p).unwrap_err(), E::Count { .. });
 }
