@@ -28,7 +28,9 @@ fn logits(device: Box<dyn Device>, heads: Heads, width: u32, len: u32) -> Vec<Ve
     let options = EngineOptions {
         max_context: Some(len + 2),
         step_tokens: width,
-        wait_ns_max: 50_000_000,
+        // A warp's deadline is that of an op. One of 8 tokens over 1100 positions takes more than the 50 ms
+        // of the interpreter's clock that are enough elsewhere.
+        wait_ns_max: 50_000_000.max(u64::from(len) * 450_000),
         load: LoadMode::Dummy,
         ..EngineOptions::default()
     };

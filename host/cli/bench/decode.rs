@@ -95,7 +95,7 @@ fn decode(args: &DecodeArgs) -> Result<DecodeFigures> {
         let bandwidth = probe.as_ref().map(Probe::measure);
         let answer = answer(&mut engine, &prompt, args.tokens + 1)?;
         if answer.ids != first.ids {
-            let message = format!("round {round} gave other tokens than the one before the first");
+            let message = format!("round {round} gave other tokens than the run before round 1");
             return Err(Error::Fault(message));
         }
         let round_ns: Vec<u64> = intervals_ns(&answer.token_times_ns).collect();
