@@ -63,12 +63,17 @@ impl Dims {
         (self.kv.head_dim + 2).next_multiple_of(16)
     }
 
+    /// Whether attention merges the splits of a token that has `split_count`.
+    #[inline]
+    pub const fn joins_splits(&self, split_count: u32) -> bool {
+        split_count > self.late_splits_max
+    }
+
     /// Of each head's rows in the splits region, those that the projection merges for a token with
     /// `split_count` splits: the first, and how many.
     #[inline]
     pub const fn rows_to_merge(&self, split_count: u32) -> [u32; 2] {
-        let is_late = split_count <= self.late_splits_max;
-        if is_late { [0, split_count] } else { [ATTENTION_SPLIT_MAX, 1] }
+        if self.joins_splits(split_count) { [ATTENTION_SPLIT_MAX, 1] } else { [0, split_count] }
     }
 
     /// Index of the first value of row `split_idx` of `(token_idx, head_idx)` in the splits

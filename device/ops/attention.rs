@@ -55,13 +55,13 @@ fn join<M: Machine>(worker: &Worker<M>, claim: &Claim) {
         count: step.token_count as usize,
         split_count: |token: usize| {
             let count = attention_split_count(step.tokens[token].position);
-            if count > dims.late_splits_max { count } else { 0 }
+            if dims.joins_splits(count) { count } else { 0 }
         },
         columns: args.columns,
         head_dim: dims.kv.head_dim,
         split_values: dims.split_values(),
         splits: header.heap + args.splits,
-        pitch: dims.head_count * SPLIT_ROWS * dims.split_values() * VALUE_BYTES,
+        pitch: dims.split_idx(1, 0, 0) as u32 * VALUE_BYTES,
     });
 }
 

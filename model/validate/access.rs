@@ -175,8 +175,8 @@ impl Accesses {
     /// A projection reads the splits of all heads, and what attention has merged where it does.
     pub(super) fn merge(&mut self, dims: &Dims) {
         let split_values = u64::from(dims.split_values());
-        let merges_all = dims.late_splits_max >= ATTENTION_SPLIT_MAX;
-        let rows = if merges_all { ATTENTION_SPLIT_MAX } else { SPLIT_ROWS };
+        let joins = dims.joins_splits(ATTENTION_SPLIT_MAX);
+        let rows = if joins { SPLIT_ROWS } else { ATTENTION_SPLIT_MAX };
         for head in 0..u64::from(dims.head_count) {
             let first = head * u64::from(SPLIT_ROWS) * split_values;
             self.read(Region::Splits, first, first + u64::from(rows) * split_values);
@@ -211,7 +211,7 @@ impl Accesses {
             self.read(Region::Kv, first, first + len);
             self.write(Region::Kv, first, first + len);
         }
-        if dims.late_splits_max >= ATTENTION_SPLIT_MAX {
+        if !dims.joins_splits(ATTENTION_SPLIT_MAX) {
             return;
         }
         // Of all queries' columns one after the other.

@@ -12,7 +12,7 @@ use super::{divide, fma};
 use crate::machine::{Machine, Rows};
 
 /// The score of a split without positions.
-const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
+pub const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
 /// Splits of a head whose loads are in flight together.
 const SPLITS_AHEAD: usize = 2;
 

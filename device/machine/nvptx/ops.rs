@@ -67,9 +67,9 @@ fn has_stopped() -> bool {
 #[inline(always)]
 fn has_many_splits(worker: &Worker<Block>) -> bool {
     let step_view = near_step(shared_base());
-    let (step, late_max) = (step_view.get(0), worker.header().dims.late_splits_max);
+    let (step, header) = (step_view.get(0), worker.header());
     let tokens = &step.tokens[..step.token_count as usize];
-    tokens.iter().any(|token| attention_split_count(token.position) > late_max)
+    tokens.iter().any(|token| header.dims.joins_splits(attention_split_count(token.position)))
 }
 
 /// Whether the input rows of the linear task in `slot` are kept as parts.

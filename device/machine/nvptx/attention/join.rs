@@ -7,19 +7,20 @@
 //! instructions come from as far as values.
 
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SPLIT_ROWS};
-use tilert_mk_shared::tile::COMPUTE_LANES;
+use tilert_mk_shared::tile::{COMPUTE_LANES, WARP_LANES};
 
 use crate::machine::nvptx::barrier::sync_compute;
 use crate::machine::nvptx::block::{Block, QUAD};
 use crate::machine::nvptx::header::header;
+use crate::machine::nvptx::merge::NOTHING;
 use crate::machine::nvptx::stamped::{self, Looks};
 use crate::machine::nvptx::{divide, warp};
 use crate::machine::{Join, Machine};
 
 /// Fours of columns that a block merges at once.
 const GROUPS: u32 = COMPUTE_LANES / ATTENTION_SPLIT_MAX;
-/// The score of a split that is not there.
-const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
+/// Those of a warp.
+const WARP_GROUPS: u32 = WARP_LANES / ATTENTION_SPLIT_MAX;
 
 /// See `Machine::join`.
 #[inline(always)]
@@ -32,7 +33,7 @@ pub fn join(block: &Block, join: &Join<impl Fn(usize) -> u32>) {
     let stamp = stamped::output_stamp(block);
     // All lanes of a warp turn as often, since they exchange; warps that have nothing to do are out of the
     // others' way.
-    let (mut first_group, count) = (block.warp_idx() * 2, fours * join.count as u32);
+    let (mut first_group, count) = (block.warp_idx() * WARP_GROUPS, fours * join.count as u32);
     let (mut token, mut four) = (0, group);
     while first_group < count {
         while four >= fours {
