@@ -20,7 +20,7 @@ impl<M: Machine> Worker<'_, M> {
     /// If the op waits for its input itself, only for its step to begin. Collective.
     #[inline(always)]
     pub fn wait(&self, claim: &Claim, is_moot: impl Fn() -> bool) -> Result<(), Stopped> {
-        let (task, epoch) = (claim.task, claim.epoch);
+        let (task, epoch) = (self.machine.record(claim.task), claim.epoch);
         let is_admit = task.opcode == Opcode::Admit as u16;
         let is_known = self.kept_epoch.get() == epoch;
         let (event, count) = if M::HAS_STAMPS && task.waits_itself() {
@@ -34,7 +34,7 @@ impl<M: Machine> Worker<'_, M> {
             let epoch = if is_admit { epoch.wrapping_sub(1) } else { epoch };
             let goal = Goal { event, count, epoch };
             let wait = || {
-                let mut goals = [self.also(task, epoch), Some(goal)].into_iter().flatten();
+                let mut goals = [self.also(&task, epoch), Some(goal)].into_iter().flatten();
                 u32::from(goals.any(|goal| self.wait_leading(claim, &goal, &is_moot).is_err()))
             };
             if self.machine.lead(wait) != 0 {
@@ -45,9 +45,11 @@ impl<M: Machine> Worker<'_, M> {
             }
             self.complete.set(event);
         }
-        // `Admit` makes the step; every other task comes after it.
-        if !is_admit && self.kept_epoch.replace(epoch) != epoch {
-            self.machine.keep_step(self.heap(self.header().plan.step, 1));
+        // `Admit` makes the step; every other task comes after it. One that signals nothing looks at nothing
+        // of it: no signal would order that before the next step.
+        if self.kept_epoch.get() != epoch && !is_admit && task.signal_event.is_some() {
+            self.kept_epoch.set(epoch);
+            self.machine.keep_step(self.heap(self.header().plan.step, 1), epoch);
         }
         Ok(())
     }

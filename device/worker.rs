@@ -375,7 +375,7 @@ impl<'a, M: Machine> Worker<'a, M> {
     /// Runs a task's op. Collective.
     #[inline(always)]
     pub fn run_op(&self, claim: &Claim) -> Result<(), Stopped> {
-        if let Some(opcode) = Opcode::from_raw(claim.task.opcode) {
+        if let Some(opcode) = Opcode::from_raw(self.machine.record(claim.task).opcode) {
             return self.machine.run(self, opcode, claim);
         }
         let opcode = u32::from(claim.task.opcode);
@@ -404,8 +404,11 @@ impl<'a, M: Machine> Worker<'a, M> {
     pub fn announce(&self, claim: &Claim) {
         // Not the leader: the first lanes have products to finish.
         let is_last = self.machine.lane_idx() + 1 == self.machine.lane_count();
-        if M::HAS_STAMPS && is_last && claim.task.is_announced() {
-            event::announce(self.event(claim.task.signal_event));
+        if M::HAS_STAMPS && is_last {
+            let task = self.machine.record(claim.task);
+            if task.is_announced() {
+                event::announce(self.event(task.signal_event));
+            }
         }
     }
 
@@ -415,13 +418,15 @@ impl<'a, M: Machine> Worker<'a, M> {
         if M::IS_STEALABLE && self.has_lost.replace(false) {
             return self.record_end();
         }
+        let task = self.machine.record(claim.task);
+        let event = task.signal_event;
+        let signals = event.is_some() && !(M::HAS_STAMPS && task.is_announced());
         // After this every lane's stores are ordered before the leader's signal.
         self.machine.sync();
         if self.machine.lane_idx() == 0 {
             self.record_end();
-            let is_announced = M::HAS_STAMPS && claim.task.is_announced();
-            if claim.task.signal_event.is_some() && !is_announced {
-                event::signal(self.event(claim.task.signal_event));
+            if signals {
+                event::signal(self.event(event));
             }
         }
     }

@@ -43,8 +43,6 @@ const CONTEXT_DEFAULT: u32 = 4096;
 const POLL_SLEEP: Duration = Duration::from_micros(100);
 /// Looks at the mailbox between two looks at the device and the caller's wishes, when spinning.
 const LOOKS_PER_CHECK: u32 = 4096;
-/// Polls of an event between two looks at the stop word, the clock and other queues.
-const POLLS_PER_LOOK: u32 = 256;
 /// How long a device may take from its launch to its first sign of life.
 const START_TIME_MAX: Duration = Duration::from_secs(30);
 
@@ -156,7 +154,7 @@ impl Engine {
             page_count: near.map_or(0, |plan| plan.page_count),
             input_bytes: near.map_or(0, |plan| plan.input_bytes),
             reserved: 0,
-            polls_per_look: POLLS_PER_LOOK,
+            polls_per_look: device.profile().polls_per_look,
             wait_ns_max: options.wait_ns_max,
             tasks: uploaded(device.as_mut(), "the tasks", bytes_of(&tasks))?,
             queue_spans: uploaded(device.as_mut(), "the queues", bytes_of(&program.queue_spans))?,

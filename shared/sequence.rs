@@ -2,7 +2,6 @@
 
 use crate::limits::{STEP_TOKENS_MAX, STOP_ID_COUNT_MAX};
 use crate::sample::SamplingParams;
-use crate::task::TokenRows;
 
 /// What the host asks for, once per request.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -72,17 +71,6 @@ pub struct StepState {
     pub logit_tokens: [u32; STEP_TOKENS_MAX as usize],
     /// The tokens.
     pub tokens: [StepToken; STEP_TOKENS_MAX as usize],
-}
-
-impl StepState {
-    /// Rows that a linear task with `token_rows` has in this step.
-    #[inline]
-    pub const fn row_count(&self, token_rows: TokenRows) -> u32 {
-        match token_rows {
-            TokenRows::All => self.token_count,
-            TokenRows::Logits => self.logit_count,
-        }
-    }
 }
 
 const _: () = assert!(size_of::<SequenceParams>() == 88);

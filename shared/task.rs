@@ -17,7 +17,7 @@ pub use linear::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Opcode {
-    /// Nothing; measures the cost of a stage.
+    /// Computes nothing; measures the cost of a stage.
     Empty = 0,
     /// Decides which tokens the step processes.
     Admit = 1,
@@ -169,7 +169,48 @@ impl Task {
     /// that it may begin once the step has, and wait for its input itself.
     #[inline]
     pub const fn waits_itself(&self) -> bool {
-        matches!(Opcode::from_raw(self.opcode), Some(Opcode::Attention | Opcode::Linear))
+        match Opcode::from_raw(self.opcode) {
+            Some(Opcode::Attention | Opcode::Linear) => true,
+            Some(Opcode::Empty) => EmptyArgs::unpack(self).count != 0,
+            _ => false,
+        }
+    }
+}
+
+/// Arguments of `Opcode::Empty`: where values are stamped (`stamp.rs`), it may look at those of the stage
+/// before it and leave one, as tasks do that compute something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct EmptyArgs {
+    /// Values that it looks at; 0 for none.
+    pub count: u32,
+    /// Heap offset of the first.
+    pub from: u64,
+    /// Heap offset of the value that it leaves; 0 for none.
+    pub to: u64,
+    /// See `Task::is_announced`.
+    pub is_announced: bool,
+}
+
+impl EmptyArgs {
+    /// The task record with these arguments and no events.
+    pub const fn pack(&self) -> Task {
+        let mut task = Task::new(Opcode::Empty);
+        task.flags = if self.is_announced { ANNOUNCED } else { 0 };
+        task.words[0] = self.count;
+        task.refs[0] = self.from;
+        task.refs[1] = self.to;
+        task
+    }
+
+    /// The arguments of an empty task.
+    #[inline]
+    pub const fn unpack(task: &Task) -> EmptyArgs {
+        EmptyArgs {
+            count: task.words[0],
+            from: task.refs[0],
+            to: task.refs[1],
+            is_announced: task.is_announced(),
+        }
     }
 }
 
@@ -327,6 +368,8 @@ mod tests {
             |count: u32| [0, 1, 2, 3, 4, 5, 6].map(|idx| AttentionArgs::columns_of(count, idx, 7));
         assert_eq!(all(56), [0, 8, 16, 24, 32, 40, 48].map(|first| [first, first + 8]));
         assert_eq!(all(8), [[0, 0], [0, 0], [0, 0], [0, 4], [4, 4], [4, 4], [4, 8]]);
+        let empty = EmptyArgs { count: 3, from: 9 << 33, to: 10 << 33, is_announced: true };
+        assert_eq!(EmptyArgs::unpack(&empty.pack()), empty);
         let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };
         assert_eq!(EmbedArgs::unpack(&embed.pack()), embed);
         let sample = SampleArgs { also_event: EventId(12), also_count: 13 };

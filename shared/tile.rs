@@ -94,8 +94,10 @@ pub const LOOP_WORDS: u32 = TASK_WORD + 4;
 pub const NOTICE_WORD: u32 = LOOP_WORDS + 8;
 /// Offset of the event of the latest linear stage whose input has come.
 pub const STAGE_WORD: u32 = NOTICE_WORD + 4;
+/// Offset of a word for the loading warp: the latest step that has begun, and whether it has logits.
+pub const STEP_WORD: u32 = STAGE_WORD + 4;
 /// Offset of the program header.
-pub const HEADER: u32 = (STAGE_WORD + 4).next_multiple_of(8);
+pub const HEADER: u32 = (STEP_WORD + 4).next_multiple_of(8);
 /// Offset of the step's description, which each block copies once a step.
 pub const STEP: u32 = (HEADER + size_of::<ProgramHeader>() as u32).next_multiple_of(16);
 /// Offset of what each computing warp knows from one task to the next.

@@ -23,7 +23,7 @@ use core::ops::Deref;
 use memory::Span;
 use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::program::{Dims, ProgramHeader};
-use tilert_mk_shared::sequence::StepState;
+use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 
 /// Rows of f32 values, `stride` apart.
@@ -177,6 +177,12 @@ pub trait Machine {
         bound
     }
 
+    /// The record of the task that runs: on a GPU a copy near.
+    #[inline(always)]
+    fn record<'a>(&self, task: &'a Task) -> impl Deref<Target = Task> + 'a {
+        task
+    }
+
     /// Waits for all lanes of the worker; orders their accesses before and after.
     fn sync(&self);
 
@@ -185,7 +191,7 @@ pub trait Machine {
     fn lead(&self, job: impl FnOnce() -> u32) -> u32;
 
     /// Collective: brings the step's description near, once a step, when its first input is ready.
-    fn keep_step(&self, step: Span<StepState>);
+    fn keep_step(&self, step: Span<StepState>, epoch: u32);
 
     /// Collective: the input rows hold the result of this prologue from now on, see
     /// `Progress::prologue`; for machines whose workers are made anew for each op.
@@ -194,6 +200,19 @@ pub trait Machine {
 
     /// The step's description: what `keep_step` has brought near, or `step` itself.
     fn step(&self, step: Span<StepState>) -> Span<StepState>;
+
+    /// Tokens of the step, and rows of logits.
+    #[inline(always)]
+    fn step_counts(&self, step: Span<StepState>) -> [u32; 2] {
+        let step = step.get(0);
+        [step.token_count, step.logit_count]
+    }
+
+    /// A token of the step.
+    #[inline(always)]
+    fn step_token(&self, step: Span<StepState>, idx: usize) -> StepToken {
+        step.get(0).tokens[idx]
+    }
 
     /// Nanoseconds on the device's clock.
     fn now_ns(&self) -> u64;
@@ -282,9 +301,6 @@ pub trait Machine {
     /// `in_dim` alone. On machines that stage, this takes the task's pages.
     fn multiply(&self, task: &Task, x: Rows, count: usize, out: Rows);
 
-    /// Collective: gives up a linear task's staged weights.
-    fn discard(&self, task: &Task);
-
     /// Collective: the first call of `store` for the products to come will have these arguments; the
     /// machine may ask for what they will be added to. The input rows are there.
     fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>);
@@ -316,6 +332,10 @@ pub trait Machine {
 
     /// Collective: appends a token's key and value and attends, split by split.
     fn attend(&self, attention: &Attention);
+
+    /// Collective: waits for the stamps of all values of `from`, then leaves a value in `to`; only with
+    /// stamps.
+    fn pass_on(&self, _from: Span<f32>, _to: Span<f32>) {}
 
     /// Collective: stored values `first..` of the table at `address`, widened into `out`.
     fn widen(&self, address: u64, format: WeightFormat, first: u64, out: Span<f32>);

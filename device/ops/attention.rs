@@ -6,7 +6,7 @@
 
 use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::limits::SPLIT_ROWS;
-use tilert_mk_shared::sequence::StepToken;
+use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::AttentionArgs;
 
 use crate::machine::memory::Span;
@@ -18,15 +18,14 @@ const VALUE_BYTES: u32 = size_of::<f32>() as u32;
 
 #[inline(always)]
 pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
-    let step_view = super::step(worker);
-    let step = step_view.get(0);
+    let step = super::step(worker);
     // The memory of input rows is about to be used.
     worker.keep_prologue(0);
     let (mut token_idx, mut is_begun) = (0, false);
-    while token_idx < step.token_count {
-        let token = &step.tokens[token_idx as usize];
+    while token_idx < token_count(worker, step) {
+        let token = worker.machine.step_token(step, token_idx as usize);
         // Again for each token: a GPU has few registers to keep them in.
-        let args = AttentionArgs::unpack(claim.task);
+        let args = AttentionArgs::unpack(&worker.machine.record(claim.task));
         // Short sequences have positions in the first parts alone.
         if args.part_idx < attention_split_count(token.position) {
             if is_begun {
@@ -34,7 +33,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
                 worker.machine.sync();
             }
             is_begun = true;
-            let attention = attention(worker, &args, token_idx, token);
+            let attention = attention(worker, &args, token_idx, &token);
             worker.machine.attend(&attention);
         }
         token_idx += 1;
@@ -49,12 +48,12 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
 #[inline(always)]
 fn join<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     // Again: a GPU has no registers to keep it in while it attends.
-    let (step_view, header) = (super::step(worker), worker.header());
-    let (step, dims, args) = (step_view.get(0), &header.dims, AttentionArgs::unpack(claim.task));
+    let (step, header) = (super::step(worker), worker.header());
+    let (dims, args) = (&header.dims, AttentionArgs::unpack(&worker.machine.record(claim.task)));
     worker.machine.join(&Join {
-        count: step.token_count as usize,
+        count: token_count(worker, step) as usize,
         split_count: |token: usize| {
-            let count = attention_split_count(step.tokens[token].position);
+            let count = attention_split_count(worker.machine.step_token(step, token).position);
             if dims.joins_splits(count) { count } else { 0 }
         },
         columns: args.columns,
@@ -63,6 +62,13 @@ fn join<M: Machine>(worker: &Worker<M>, claim: &Claim) {
         splits: header.heap + args.splits,
         pitch: dims.split_idx(1, 0, 0) as u32 * VALUE_BYTES,
     });
+}
+
+/// Tokens of the step.
+#[inline(always)]
+fn token_count<M: Machine>(worker: &Worker<M>, step: Span<StepState>) -> u32 {
+    let [count, _] = worker.machine.step_counts(step);
+    count
 }
 
 /// What the task does for a token.

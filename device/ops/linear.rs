@@ -14,14 +14,12 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     if worker.is_too_late(claim) {
         return;
     }
-    let args = LinearArgs::unpack(claim.task);
-    let step_view = super::step(worker);
-    let step = step_view.get(0);
-    let row_count = step.row_count(args.token_rows) as usize;
+    let args = LinearArgs::unpack(&worker.machine.record(claim.task));
+    let step = super::step(worker);
+    let row_count = args.token_rows.count(worker.machine.step_counts(step)) as usize;
     let x = Input::new(worker, claim, &args, step, row_count);
     let ahead = x.ahead();
     if row_count == 0 {
-        worker.machine.discard(claim.task);
         worker.announce(claim);
         worker.commit(claim);
         return;
@@ -29,7 +27,9 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let task = claim.task;
     let x = x.take(ahead);
     worker.note_input(task);
-    worker.machine.expect(&finish(task, row_count, 0, 0), |token| output(worker, task, 0, token));
+    worker
+        .machine
+        .expect(&finish(worker, task, row_count, 0, 0), |token| output(worker, task, 0, token));
     let len = args.row_count() as usize;
     let y = worker.machine.output_rows(super::scratch_output(worker), row_count, len);
     worker.machine.multiply(task, x, row_count, y);
@@ -44,7 +44,7 @@ struct Input<'a, M: Machine> {
     worker: &'a Worker<'a, M>,
     task: &'a Task,
     args: &'a LinearArgs,
-    step: &'a StepState,
+    step: Span<StepState>,
     count: usize,
     rows: Rows,
     /// The rows already hold the result of the prologue.
@@ -57,7 +57,7 @@ impl<'a, M: Machine> Input<'a, M> {
         worker: &'a Worker<'a, M>,
         claim: &Claim<'a>,
         args: &'a LinearArgs,
-        step: &'a StepState,
+        step: Span<StepState>,
         count: usize,
     ) -> Self {
         let scratch = super::scratch_input(worker);
@@ -72,7 +72,7 @@ impl<'a, M: Machine> Input<'a, M> {
     fn token_of(&self, row: usize) -> usize {
         match self.args.token_rows {
             TokenRows::All => row,
-            TokenRows::Logits => self.step.logit_tokens[row] as usize,
+            TokenRows::Logits => self.step.get(0).logit_tokens[row] as usize,
         }
     }
 
@@ -121,7 +121,8 @@ impl<'a, M: Machine> Input<'a, M> {
                 let rows = dims.head_count * SPLIT_ROWS;
                 for row in 0..count {
                     let token_idx = self.token_of(row);
-                    let split_count = attention_split_count(step.tokens[token_idx].position);
+                    let split_count =
+                        attention_split_count(worker.machine.step_token(step, token_idx).position);
                     let [first, count] = dims.rows_to_merge(split_count);
                     let values = u64::from((rows - first) * dims.split_values());
                     let first = dims.split_idx(token_idx as u32, 0, first);
@@ -140,9 +141,16 @@ impl<'a, M: Machine> Input<'a, M> {
 
 /// What becomes of the products of segment `idx`, whose first row is row `first` of the task.
 #[inline(always)]
-fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
+fn finish<M: Machine>(
+    worker: &Worker<M>,
+    task: &Task,
+    count: usize,
+    idx: usize,
+    first: usize,
+) -> Finish {
     // Again: registers are scarce while a GPU multiplies.
-    let args = LinearArgs::unpack(task);
+    let task = worker.machine.record(task);
+    let args = LinearArgs::unpack(&task);
     let bias = |idx: usize| {
         let segment = task.segment(idx);
         let len = if segment.bias == 0 { 0 } else { segment.row_count as usize };
@@ -167,7 +175,8 @@ fn finish(task: &Task, count: usize, idx: usize, first: usize) -> Finish {
 /// Where the best of a token's products goes, if the task leaves it.
 #[inline(always)]
 fn best_place<M: Machine>(worker: &Worker<M>, task: &Task, token: usize) -> BestPlace {
-    let (args, header) = (LinearArgs::unpack(task), worker.header());
+    let args = LinearArgs::unpack(&worker.machine.record(task));
+    let header = worker.header();
     let idx = token as u64 * u64::from(header.dims.head_task_count) + u64::from(args.best_idx);
     let word = worker.heap::<u64>(header.plan.bests + idx * 8, 1);
     BestPlace { word, first: args.segments[0].out_first }
@@ -176,17 +185,21 @@ fn best_place<M: Machine>(worker: &Worker<M>, task: &Task, token: usize) -> Best
 /// Where the products of segment `idx` go for a token.
 #[inline(always)]
 fn output<M: Machine>(worker: &Worker<M>, task: &Task, idx: usize, token: usize) -> Span<f32> {
-    let (args, segment) = (LinearArgs::unpack(task), task.segment(idx));
+    let task = worker.machine.record(task);
+    let (args, segment) = (LinearArgs::unpack(&task), task.segment(idx));
     let column = token as u64 * u64::from(args.y_stride) + u64::from(segment.out_first);
     worker.heap::<f32>(args.y + column * 4, u64::from(segment.row_count))
 }
 
 #[inline(always)]
 fn store<M: Machine>(worker: &Worker<M>, task: &Task, y: Rows, count: usize) {
-    let is_gated = LinearArgs::unpack(task).epilogue == Epilogue::SiluMul;
+    let (is_gated, segment_count) = {
+        let task = worker.machine.record(task);
+        (LinearArgs::unpack(&task).epilogue == Epilogue::SiluMul, task.segment_count())
+    };
     let mut first = 0;
-    for idx in 0..if is_gated { 1 } else { task.segment_count() } {
-        let finish = finish(task, count, idx, first);
+    for idx in 0..if is_gated { 1 } else { segment_count } {
+        let finish = finish(worker, task, count, idx, first);
         let out = |token| output(worker, task, idx, token);
         worker.machine.store(y, &finish, out, |token| best_place(worker, task, token));
         first += finish.len;

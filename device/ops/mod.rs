@@ -3,6 +3,7 @@
 mod admit;
 mod attention;
 mod embed;
+mod empty;
 mod linear;
 mod sample;
 
@@ -17,7 +18,7 @@ use tilert_mk_shared::task::Opcode;
 #[inline(always)]
 pub fn run<M: Machine>(opcode: Opcode, worker: &Worker<M>, claim: &Claim) -> Result<(), Stopped> {
     match opcode {
-        Opcode::Empty => {}
+        Opcode::Empty => empty::run(worker, claim),
         Opcode::Admit => admit::run(worker)?,
         Opcode::Embed => embed::run(worker, claim),
         Opcode::Linear => linear::run(worker, claim),

@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 /// Weight bytes of a linear task, about: a few microseconds of reading.
 const TILE_BYTES: u64 = 256 << 10;
 
+/// Polls of an event between two looks at the stop word, the clock and other queues.
+const POLLS_PER_LOOK: u32 = 256;
+
 /// Threads of this process.
 pub struct CpuDevice {
     profile: Profile,
@@ -42,6 +45,7 @@ impl CpuDevice {
             shared_bytes: 0,
             packs_weights: false,
             stamps_values: false,
+            polls_per_look: POLLS_PER_LOOK,
             host_spins: false,
         };
         let machine = Thread { isa: Isa::detect(), idling: Idling::Park, clock: Instant::now() };

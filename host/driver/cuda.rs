@@ -20,6 +20,10 @@ use crate::error::{Error, Result};
 const ENTRY: &str = "tilert_mk";
 /// Environment variable that names PTX to use instead of the embedded one.
 pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
+/// Polls of an event between two looks at the host's memory, some 10 ms. Looks of all blocks come one after
+/// the other, 100 us for those of an H200: each 256 polls, they kept a block that was waited for from
+/// its next poll.
+const POLLS_PER_LOOK: u32 = 16_384;
 /// Weight bytes of a linear task at most: what `TILE_ROWS_MAX` leaves.
 const TILE_BYTES: u64 = 1 << 20;
 /// Bytes of one upload: the driver stages pageable memory in pieces of about this size.
@@ -181,6 +185,7 @@ impl CudaDevice {
                 shared_bytes: gpu.shared_bytes,
                 packs_weights: true,
                 stamps_values: true,
+                polls_per_look: POLLS_PER_LOOK,
                 host_spins: true,
             },
             gpu,

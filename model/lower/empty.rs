@@ -2,12 +2,13 @@
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::program::{Dims, HeapPlan};
-use tilert_mk_shared::task::{Opcode, SampleArgs, Task};
+use tilert_mk_shared::stamp::STAMPED_GROUP;
+use tilert_mk_shared::task::{EmptyArgs, Opcode, SampleArgs, Task};
 
 use super::{BEGIN, CONTROL_HOME, END, LowerError, LowerOptions, Program, lower};
 use crate::config::ModelConfig;
 use crate::schedule::queues;
-use crate::validate::validate_order;
+use crate::validate::{ValidateError, validate_order};
 
 /// The empty tasks of a step, between admission and sampling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +19,29 @@ pub struct EmptyShape {
     pub stage_tasks: u32,
 }
 
+impl EmptyShape {
+    /// Bytes of the values of a stage's tasks.
+    fn values_bytes(&self) -> u64 {
+        u64::from(self.stage_tasks.next_multiple_of(STAMPED_GROUP)) * 4
+    }
+
+    /// What a task of a stage looks at and leaves, from heap offset `first` on. Values of stages lie in two
+    /// places in turns: a stage's are read before those of the stage after the next are stored.
+    fn args(&self, first: u64, stage: u32, task: u32) -> EmptyArgs {
+        let values = |stage: u32| first + u64::from(stage % 2) * self.values_bytes();
+        EmptyArgs {
+            count: if stage == 0 { 0 } else { self.stage_tasks },
+            from: values(stage + 1),
+            to: values(stage) + u64::from(task) * 4,
+            // Sampling does not look at values.
+            is_announced: stage + 1 < self.stage_count,
+        }
+    }
+}
+
 /// A program with the sizes of `config` that admits tokens, runs empty tasks and samples from logits
-/// that nothing computes.
+/// that nothing computes. On a device that stamps values, where stages have a task of each worker, each
+/// task leaves one and waits for those of the stage before it, as tasks do that compute something.
 ///
 /// Errors:  as `lower`; a shape that is not proved to end.
 pub fn lower_empty(
@@ -28,6 +50,15 @@ pub fn lower_empty(
     shape: &EmptyShape,
 ) -> Result<Program, LowerError> {
     let workers = options.worker_count;
+    let sized = lower(config, options)?;
+    let plan = &sized.plan;
+    // The signal of a worker's task of the last stage orders what it has read of the step before the next.
+    let is_stamped = options.is_stamped && shape.stage_tasks >= workers;
+    let (value, limit) = (2 * shape.values_bytes(), plan.logits - plan.hidden);
+    if is_stamped && value > limit {
+        let what = "the values of empty stages in bytes";
+        return Err(ValidateError::Limit { what, value, limit }.into());
+    }
     let mut steps = Steps { arrivals: vec![1, 1], ..Steps::default() };
     steps.push(Task::new(Opcode::Admit), [END, BEGIN], CONTROL_HOME, "admit".into());
     let mut ready = BEGIN;
@@ -36,12 +67,13 @@ pub fn lower_empty(
         steps.arrivals.push(shape.stage_tasks);
         for task in 0..shape.stage_tasks {
             let home = (stage + task) % workers;
-            steps.push(
-                Task::new(Opcode::Empty),
-                [ready, done],
-                home,
-                format!("stage {stage} task {task}"),
-            );
+            let args = if is_stamped {
+                shape.args(plan.hidden, stage, task)
+            } else {
+                EmptyArgs::default()
+            };
+            let name = format!("stage {stage} task {task}");
+            steps.push(args.pack(), [ready, done], home, name);
         }
         ready = done;
     }
@@ -53,7 +85,6 @@ pub fn lower_empty(
         steps.push(Task::new(Opcode::Empty), [BEGIN, EventId::NONE], worker, name);
     }
     let (queue_spans, queue_entries) = queues(&steps.homes, workers);
-    let sized = lower(config, options)?;
     let dims = Dims { head_task_count: 0, ..sized.dims };
     let program = Program {
         dims,
@@ -99,9 +130,8 @@ mod tests {
     use super::*;
     use tilert_mk_shared::task::{Precision, WeightFormat};
 
-    fn program(stage_count: u32, stage_tasks: u32, worker_count: u32) -> Program {
-        let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
-        let options = LowerOptions {
+    fn options(worker_count: u32, is_stamped: bool) -> LowerOptions {
+        LowerOptions {
             worker_count,
             slot_count: 1,
             context_max: 64,
@@ -111,14 +141,20 @@ mod tests {
             precision: Precision::Exact,
             tile_bytes: 1 << 20,
             tile_rows_max: 512,
-            is_stamped: false,
-        };
+            is_stamped,
+        }
+    }
+
+    fn program(shape: [u32; 2], worker_count: u32, is_stamped: bool) -> Program {
+        let [stage_count, stage_tasks] = shape;
+        let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
+        let options = options(worker_count, is_stamped);
         lower_empty(&config, &options, &EmptyShape { stage_count, stage_tasks }).unwrap()
     }
 
     #[test]
     fn stages_wait_for_each_other_and_go_round() {
-        let program = program(3, 2, 3);
+        let program = program([3, 2], 3, false);
         let tasks: Vec<_> = program.tasks.iter().map(|t| (t.wait_event.0, t.wait_count)).collect();
         // Admission waits for the end, stages for begin, 2 and 3, sampling for 4.
         assert_eq!(tasks, [(0, 1), (1, 1), (1, 1), (2, 2), (2, 2), (3, 2), (3, 2), (4, 2)]);
@@ -127,8 +163,30 @@ mod tests {
     }
 
     #[test]
+    fn stages_look_at_the_values_of_the_one_before() {
+        let program = program([3, 2], 2, true);
+        let args: Vec<_> = program.tasks[1..7].iter().map(EmptyArgs::unpack).collect();
+        let hidden = program.plan.hidden;
+        let found: Vec<_> =
+            args.iter().map(|a| (a.count, a.from - hidden, a.to - hidden)).collect();
+        assert_eq!(found[2..], [(2, 0, 512), (2, 0, 516), (2, 512, 0), (2, 512, 4)]);
+        assert_eq!([found[0].0, found[1].0], [0, 0]);
+        assert_eq!([found[0].2, found[1].2], [0, 4]);
+        let is_announced: Vec<_> = args.iter().map(|args| args.is_announced).collect();
+        assert_eq!(is_announced, [true, true, true, true, false, false]);
+    }
+
+    #[test]
+    fn too_many_values_are_refused() {
+        let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
+        let shape = EmptyShape { stage_count: 1, stage_tasks: 1 << 20 };
+        let refused = lower_empty(&config, &options(2, true), &shape);
+        assert!(matches!(refused, Err(LowerError::Invalid(ValidateError::Limit { .. }))));
+    }
+
+    #[test]
     fn every_worker_has_a_task() {
-        let program = program(0, 0, 3);
+        let program = program([0, 0], 3, false);
         let counts: Vec<u32> = program.queue_spans.iter().map(|span| span.count).collect();
         assert_eq!(counts, [2, 1, 1, 0]);
     }

@@ -49,6 +49,17 @@ pub enum TokenRows {
     Logits = 1,
 }
 
+impl TokenRows {
+    /// How many that are in a step of so many tokens and rows of logits.
+    #[inline]
+    pub const fn count(self, [tokens, logits]: [u32; 2]) -> u32 {
+        match self {
+            TokenRows::All => tokens,
+            TokenRows::Logits => logits,
+        }
+    }
+}
+
 /// Which tokens a linear task with these flags processes.
 const fn token_rows(flags: u16) -> TokenRows {
     if flags >> 4 & 1 == 0 { TokenRows::All } else { TokenRows::Logits }

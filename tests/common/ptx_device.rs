@@ -89,6 +89,7 @@ impl PtxDevice {
             shared_bytes: options.shared_bytes,
             packs_weights: true,
             stamps_values: true,
+            polls_per_look: 256,
             host_spins: false,
         };
         let report = Arc::new(Mutex::new(Report::default()));

@@ -9,8 +9,8 @@ use tilert_mk_model::lower::EmptyShape;
 use crate::ptx_device::PtxDevice;
 use crate::shipped;
 
-/// The tokens of a step without arithmetic, of which there are three stages.
-fn tokens(device: Box<dyn Device>, stage_tasks: u32) -> Vec<u32> {
+/// The tokens of steps without arithmetic.
+fn tokens(device: Box<dyn Device>, shape: EmptyShape) -> Vec<u32> {
     let options = EngineOptions {
         workers: Some(2),
         max_context: Some(16),
@@ -18,7 +18,6 @@ fn tokens(device: Box<dyn Device>, stage_tasks: u32) -> Vec<u32> {
         wait_ns_max: 50_000_000,
         ..EngineOptions::default()
     };
-    let shape = EmptyShape { stage_count: 3, stage_tasks };
     let mut engine = Engine::open_empty(device, &options, &shape, 96).expect("it can be opened");
     let mut ids = Vec::new();
     for _ in 0..2 {
@@ -31,11 +30,13 @@ fn tokens(device: Box<dyn Device>, stage_tasks: u32) -> Vec<u32> {
 
 #[test]
 fn empty_stages_end_and_sample_as_on_the_cpu() {
-    for stage_tasks in [1, 2, 3] {
-        let expected = tokens(DeviceKind::Cpu.open(false).expect("the CPU is there"), stage_tasks);
+    // More than the lanes look at together, too.
+    for [stage_count, stage_tasks] in [[0, 0], [3, 1], [3, 2], [3, 3], [3, 260]] {
+        let shape = EmptyShape { stage_count, stage_tasks };
+        let expected = tokens(DeviceKind::Cpu.open(false).expect("the CPU is there"), shape);
         for capability in [80, 90] {
             let (device, report) = PtxDevice::new(shipped(capability, 2, 7));
-            assert_eq!(tokens(Box::new(device), stage_tasks), expected);
+            assert_eq!(tokens(Box::new(device), shape), expected);
             let report = report.lock().expect("the device has not panicked");
             assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
         }

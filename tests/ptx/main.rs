@@ -10,14 +10,13 @@ mod ptx_device;
 mod seeds;
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use ptx_device::{PtxDevice, PtxOptions};
 use tilert_mk::driver::Device;
 use tilert_mk::driver::cuda::kernels;
 use tilert_mk::engine::{Engine, EngineOptions, Event, ModelSource, Request};
 use tilert_mk::error::Error;
-use tilert_mk_shared::sample::SamplingParams;
 
 /// Shared memory of one block of the chips that the two kernels are made for.
 const SHARED_BYTES: [(u32, u32); 2] = [(90, 227 << 10), (80, 163 << 10)];
@@ -58,27 +57,30 @@ fn run(
     max_tokens: u32,
 ) -> Result<Output, Error> {
     let path = golden_folder(family).join(folder);
+    answer(&mut open(&path, device, width)?, prompt, max_tokens)
+}
+
+/// A checkpoint on `device`, in steps of `width` tokens.
+fn open(path: &Path, device: Box<dyn Device>, width: u32) -> Result<Engine, Error> {
     let options = EngineOptions {
         max_context: Some(64),
         step_tokens: width,
         wait_ns_max: 50_000_000,
         ..EngineOptions::default()
     };
-    let source = ModelSource::Directory(&path);
-    answer(&mut Engine::open(source, device, &options, &mut |_, _| ())?, prompt, max_tokens)
+    Engine::open(ModelSource::Directory(path), device, &options, &mut |_, _| ())
 }
 
 /// `max_tokens` tokens after `prompt`, with the logits of all positions.
 fn answer(engine: &mut Engine, prompt: &[u32], max_tokens: u32) -> Result<Output, Error> {
-    let request = Request {
-        prompt,
-        max_tokens,
-        stop_ids: &[],
-        sampling: SamplingParams::GREEDY,
-        want_logits: true,
-    };
+    let greedy = Request::greedy(prompt, max_tokens);
+    output(engine, &Request { want_logits: true, ..greedy })
+}
+
+/// What a request gets.
+fn output(engine: &mut Engine, request: &Request) -> Result<Output, Error> {
     let mut rows = Vec::new();
-    let completion = engine.generate(&request, &mut |event| {
+    let completion = engine.generate(request, &mut |event| {
         if let Event::Logits { row, .. } = event {
             rows.push(row.to_vec());
         }
@@ -117,6 +119,24 @@ fn widths_workers_and_schedules_leave_the_bits_alone() {
     for (seed, (width, workers)) in (1..).zip([(1, 1), (2, 3), (3, 2), (5, 5), (8, 1), (8, 2)]) {
         let found = run_ptx(["qwen3", "bf16"], shipped(90, workers, seed), width, &PROMPT, 2);
         assert!(found.is_same(&expected), "{workers} workers, width {width} differ");
+    }
+}
+
+/// Steps of a prompt before its last have no logits: the head's weights are left alone.
+#[test]
+fn prompts_without_logits_give_the_same_tokens() {
+    for (capability, folder) in [(90, "bf16"), (90, "f32"), (80, "bf16")] {
+        let expected = run_ptx(["qwen3", folder], shipped(capability, 2, 0), 2, &PROMPT, 3);
+        for workers in [1, 3] {
+            let (device, report) = PtxDevice::new(shipped(capability, workers, 11));
+            let path = golden_folder("qwen3").join(folder);
+            let mut engine = open(&path, Box::new(device), 2).expect("it opens");
+            let found = output(&mut engine, &Request::greedy(&PROMPT, 3)).expect("it ends");
+            drop(engine);
+            assert_eq!((found.ids, found.rows.len()), (expected.ids.clone(), 0));
+            let report = report.lock().expect("the device has not panicked");
+            assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
+        }
     }
 }
 

@@ -90,7 +90,7 @@ impl Machine for Thread {
 
     /// The caches keep it near.
     #[inline(always)]
-    fn keep_step(&self, _step: Span<StepState>) {}
+    fn keep_step(&self, _step: Span<StepState>, _epoch: u32) {}
 
     #[inline(always)]
     fn step(&self, step: Span<StepState>) -> Span<StepState> {
@@ -190,9 +190,6 @@ impl Machine for Thread {
             first += segment.row_count as usize;
         }
     }
-
-    #[inline(always)]
-    fn discard(&self, _task: &Task) {}
 
     /// The caches have it by the time.
     #[inline(always)]

@@ -2,16 +2,13 @@
 
 use core::arch::asm;
 use core::cell::Cell;
-use core::mem::offset_of;
 use core::ops::Deref;
 
-use tilert_mk_shared::limits::DECODE_TOKENS_MAX;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{
-    COMPUTE_LANES, GPU_STEP_TOKENS_MAX, INPUTS, OP_WORDS, REDUCTION, STAGE_WORD, STEP, WARP_LANES,
-    WIDE_INPUTS,
+    COMPUTE_LANES, INPUTS, OP_WORDS, REDUCTION, STAGE_WORD, WARP_LANES, WIDE_INPUTS,
 };
 
 use super::attention::Heads;
@@ -22,12 +19,13 @@ use super::header::header;
 use super::inputs::Layout;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
-    load_global_pair, load_shared_f32, load_shared_word, store_shared_pair, store_shared_word,
-    widen_f16,
+    load_shared_f32, load_shared_word, store_shared_word, widen_f16,
 };
+use super::record::record;
 use super::ring::PageCursor;
 use super::rows::NormAhead;
-use super::{attention, best, merge, multiply, ops, sreg, stamped};
+use super::stamped::Looks;
+use super::{attention, best, empty, merge, multiply, ops, sreg, stamped, step};
 use crate::machine::memory::Span;
 use crate::machine::{Attention, BestPlace, Finish, Join, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
@@ -158,6 +156,11 @@ impl Machine for Block {
     }
 
     #[inline(always)]
+    fn record<'a>(&self, _task: &'a Task) -> impl Deref<Target = Task> + 'a {
+        record(self.slot.get())
+    }
+
+    #[inline(always)]
     fn sync(&self) {
         sync_compute();
     }
@@ -178,28 +181,8 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn keep_step(&self, step: Span<StepState>) {
-        // Pairs of words: the counts, and of both lists what a step on a GPU has.
-        const LOGIT_TOKENS: u32 = offset_of!(StepState, logit_tokens) as u32;
-        const TOKENS: u32 = offset_of!(StepState, tokens) as u32;
-        const LOGIT_PAIRS: u32 = GPU_STEP_TOKENS_MAX / 2;
-        const TOKEN_PAIRS: u32 = GPU_STEP_TOKENS_MAX * size_of::<StepToken>() as u32 / 8;
-        const { assert!(LOGIT_TOKENS == 8 && TOKENS.is_multiple_of(8)) };
-        const { assert!(GPU_STEP_TOKENS_MAX <= DECODE_TOKENS_MAX) };
-        const { assert!(1 + LOGIT_PAIRS + TOKEN_PAIRS <= COMPUTE_LANES) };
-        let pair = self.thread_idx;
-        if pair <= LOGIT_PAIRS + TOKEN_PAIRS {
-            let offset = match pair {
-                0..=LOGIT_PAIRS => pair * 8,
-                _ => TOKENS + (pair - LOGIT_PAIRS - 1) * 8,
-            };
-            // SAFETY: words of the step, which is ready, and of this block's copy of it, which no
-            // lane reads: every task of the step before has ended with a barrier.
-            unsafe {
-                let pair = load_global_pair(step.address() + u64::from(offset));
-                store_shared_pair(self.shared + STEP + offset, pair.map(f32::to_bits));
-            }
-        }
+    fn keep_step(&self, step: Span<StepState>, epoch: u32) {
+        step::keep(self, step, epoch);
         sync_compute();
     }
 
@@ -212,7 +195,17 @@ impl Machine for Block {
     #[inline(always)]
     fn step(&self, _step: Span<StepState>) -> Span<StepState> {
         // Its address is made anew by each caller.
-        near_step(sreg::fresh(self.shared))
+        step::near(sreg::fresh(self.shared))
+    }
+
+    #[inline(always)]
+    fn step_counts(&self, _step: Span<StepState>) -> [u32; 2] {
+        step::counts(self.shared)
+    }
+
+    #[inline(always)]
+    fn step_token(&self, _step: Span<StepState>, idx: usize) -> StepToken {
+        step::token(self.shared, idx as u32)
     }
 
     #[inline(always)]
@@ -267,6 +260,12 @@ impl Machine for Block {
         to: Rows,
         is_kept: bool,
     ) -> Rows {
+        if self.layout.get() == Layout::Far && self.kind.format == WeightFormat::Bf16 {
+            // Each warp reads its columns but once: a copy would only be read again.
+            self.layout.set(Layout::Stamped);
+            stamped::wait(self, Looks::AfterHint, || ((), 0));
+            return from;
+        }
         if is_kept {
             return to;
         }
@@ -305,18 +304,15 @@ impl Machine for Block {
     fn note_input(&self, task: &Task) {
         if self.thread_idx == 0 {
             // SAFETY: a word of the block's memory.
-            unsafe { store_shared_word(self.shared + STAGE_WORD, task.signal_event.0) };
+            unsafe {
+                store_shared_word(self.shared + STAGE_WORD, self.record(task).signal_event.0)
+            };
         }
     }
 
     #[inline(always)]
     fn multiply(&self, task: &Task, x: Rows, count: usize, _out: Rows) {
         multiply::multiply(self, task, x, count);
-    }
-
-    #[inline(always)]
-    fn discard(&self, task: &Task) {
-        multiply::discard(self, task);
     }
 
     #[inline(always)]
@@ -351,16 +347,17 @@ impl Machine for Block {
     #[inline(always)]
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (splits, count) = (splits.address(), split_count as u32);
-        if self.kind.is_narrow {
-            merge::merge_heads::<2>(self, dims, splits, count, &out, row as u32);
-        } else {
-            merge::merge_heads::<1>(self, dims, splits, count, &out, row as u32);
-        }
+        merge::merge_heads(self, dims, splits, count, &out, row as u32);
     }
 
     #[inline(always)]
     fn attend(&self, attention: &Attention) {
         attention::attend(self, attention);
+    }
+
+    #[inline(always)]
+    fn pass_on(&self, from: Span<f32>, to: Span<f32>) {
+        empty::pass_on(self, from, to);
     }
 
     #[inline(always)]
@@ -437,8 +434,8 @@ impl Machine for Block {
     }
 
     #[inline(always)]
-    fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
-        ops::run(worker, opcode, claim)
+    fn run(&self, worker: &Worker<Self>, opcode: Opcode, _claim: &Claim) -> Result<(), Stopped> {
+        ops::run(worker, opcode)
     }
 
     /// By the chip's power of two: within 2 units in the last place of the scaled argument.
@@ -459,13 +456,6 @@ fn exp2(x: f32) -> f32 {
              options(pure, nomem, nostack));
     }
     value
-}
-
-/// The copy of the step that `keep_step` has made in the block's memory.
-#[inline(always)]
-pub fn near_step(shared: u32) -> Span<StepState> {
-    // SAFETY: the area of the copy, which every task but `Admit` has before it.
-    unsafe { Span::new(generic(shared + STEP), 1) }
 }
 
 /// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the

@@ -6,13 +6,14 @@
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::fault::FaultCode;
-use tilert_mk_shared::task::Task;
+use tilert_mk_shared::task::{Opcode, Task};
 use tilert_mk_shared::tile::{
-    LOOP_WORDS, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_SLOT_BYTES,
-    TASK_SLOTS, TASK_WORD, WARP_LANES,
+    LOOP_WORDS, NOTICE_WORD, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS,
+    TASK_SLOT_BYTES, TASK_SLOTS, TASK_WORD, WARP_LANES,
 };
 
 use super::block::{Block, Kind};
+use super::digest::Digest;
 use super::feed::NO_TASK;
 use super::header::reference_over_calls;
 use super::loader::RECORD_BYTES;
@@ -21,7 +22,7 @@ use super::memory::{
     store_shared_pair, store_shared_word,
 };
 use super::ring::RingCursor;
-use super::{barrier, sreg};
+use super::{barrier, sreg, step};
 use crate::worker::{Claim, Progress, Worker};
 
 /// Runs tasks until the block stops.
@@ -83,34 +84,76 @@ fn turn() -> bool {
     if worker.run_op(&claim).is_err() {
         return false;
     }
-    finish();
+    finish_last();
     true
 }
 
-/// Ends the task whose op has run in this step and begins the next one, if that is ready to run and
-/// `is_alike` says so of its slot; its slot, or none if the task is yet to be ended.
+/// Ends the task in `slot`, whose op has run in this step, and begins the next one, if that is ready to run
+/// and `is_alike` says so of it; its slot, or none if the task is yet to be ended or the device stops.
+///
+/// What it reads it asks for at once: between two stages every read that waits for another counts.
 #[inline(always)]
-pub fn follow(is_alike: impl FnOnce(u32, &Task) -> bool) -> Option<u32> {
+pub fn follow(slot: u32, is_alike: impl FnOnce(&Next) -> bool) -> Option<u32> {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     let (position, progress) = saved(place(shared, thread_idx));
+    if has_stopped() {
+        return None;
+    }
     let tasks = next_task(shared, position);
     // The loading warp does not wait for the end of a task before it fills the next slot.
     tasks.wait_full();
-    let slot = slot_of(shared, &tasks);
-    let (task_idx, epoch) = task_in(slot);
-    // SAFETY: the record in the slot, as in `turn`; nothing but a word of it if it is none.
-    let task = unsafe { &*(generic(slot) as *const Task) };
-    let is_ready = epoch == progress.kept_epoch && task.waits_itself();
-    if task_idx == NO_TASK || !is_ready || !is_alike(slot, task) {
+    let next = Next::read(shared, slot_of(shared, &tasks));
+    let is_ready = next.epoch == progress.kept_epoch && next.task_idx != NO_TASK;
+    if !is_ready || !is_alike(&next) {
         return None;
     }
-    finish();
     let block = loop_block(shared, thread_idx);
     block.lead_word.set(position >> 16);
     let worker = loop_worker(shared, &block, progress);
+    finish(&worker, slot);
     let now_ns = worker.trace_ns();
-    begin(&worker, &Claim::new(task, task_idx, epoch), now_ns, &tasks, slot);
-    Some(slot)
+    // SAFETY: the record in the slot, as in `turn`.
+    let task = unsafe { &*(generic(next.slot) as *const Task) };
+    begin(&worker, &Claim::new(task, next.task_idx, next.epoch), now_ns, &tasks, next.slot);
+    Some(next.slot)
+}
+
+/// What a block knows of the next task before it begins it.
+pub struct Next {
+    /// Its slot.
+    pub slot: u32,
+    /// Its index, and its step.
+    pub task_idx: u32,
+    /// See `task_idx`.
+    pub epoch: u32,
+    /// The first word of its record.
+    pub head: u32,
+    /// Of a task with packed weights.
+    pub digest: Digest,
+    /// Tokens of the step that the block knows, and rows of logits.
+    pub counts: [u32; 2],
+}
+
+impl Next {
+    /// That of the task in a full slot; of one that does not exist, an index that says so.
+    #[inline(always)]
+    fn read(shared: u32, slot: u32) -> Next {
+        let (task_idx, epoch) = task_in(slot);
+        // SAFETY: a word of the slot, which is full.
+        let head = unsafe { load_shared_word(slot) };
+        let counts = step::counts(shared);
+        Next { slot, task_idx, epoch, head, digest: Digest::read(slot), counts }
+    }
+
+    /// A task with the opcode and the flags of this one.
+    #[inline(always)]
+    pub fn head_of(&self) -> Task {
+        Task {
+            opcode: self.head as u16,
+            flags: (self.head >> 16) as u16,
+            ..Task::new(Opcode::Empty)
+        }
+    }
 }
 
 /// The ring of tasks at the task that `position` names.
@@ -129,7 +172,7 @@ fn slot_of(shared: u32, tasks: &RingCursor) -> u32 {
 
 /// Index and step of the task in a full slot.
 #[inline(always)]
-fn task_in(slot: u32) -> (u32, u32) {
+pub fn task_in(slot: u32) -> (u32, u32) {
     // SAFETY: words of the slot, which is full: the loading warp does not touch it.
     let [task_idx, epoch] = unsafe { load_shared_pair(slot + RECORD_BYTES) };
     (task_idx, epoch)
@@ -161,9 +204,9 @@ fn saved(place: u32) -> (u32, Progress) {
     (position, Progress { kept_epoch, complete, trace_count, ..Progress::NONE })
 }
 
-/// Ends the turn after its op, with nothing but what shared memory has kept.
+/// Ends the latest task that has begun, with nothing but what shared memory has kept.
 #[inline(always)]
-fn finish() {
+fn finish_last() {
     let (shared, thread_idx) = (shared_base(), sreg::thread_idx());
     let place = place(shared, thread_idx);
     // SAFETY: words of this warp, which `save` has left.
@@ -171,16 +214,30 @@ fn finish() {
         unsafe { (load_shared_word(place + TRACE_COUNT), load_shared_word(place + SLOT)) };
     let progress = Progress { trace_count, ..Progress::NONE };
     let block = loop_block(shared, thread_idx);
-    let worker = loop_worker(shared, &block, progress);
+    finish(&loop_worker(shared, &block, progress), slot);
+}
+
+/// Ends the task in a slot.
+#[inline(always)]
+fn finish(worker: &Worker<Block>, slot: u32) {
     // SAFETY: the record in the slot, which is full.
     let task = unsafe { &*(generic(slot) as *const Task) };
+    worker.machine.slot.set(slot);
     worker.finish(&Claim::new(task, 0, 0));
     // `finish` has had a barrier: no lane looks at the record any more but this one.
+    let Block { thread_idx, shared, .. } = *worker.machine;
     if thread_idx == 0 {
         let index = (slot - shared - TASK_SLOTS) / TASK_SLOT_BYTES;
         // SAFETY: an initialised barrier.
         unsafe { barrier::arrive(shared + TASK_EMPTY_BARRIERS + index * 8) };
     }
+}
+
+/// Whether the computing warps know that the device stops.
+#[inline(always)]
+pub fn has_stopped() -> bool {
+    // SAFETY: a word of the block's memory.
+    unsafe { load_shared_word(shared_base() + NOTICE_WORD) != 0 }
 }
 
 /// Leaves a fault record about weights, or a task, that do not arrive, and ends the kernel.

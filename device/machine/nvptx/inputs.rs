@@ -23,6 +23,8 @@ pub enum Layout {
     Near,
     /// In the heap, as they are.
     Far,
+    /// In the heap, where the stage before has left them: as stamped words.
+    Stamped,
 }
 
 impl Layout {

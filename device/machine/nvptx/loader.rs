@@ -8,19 +8,20 @@
 //! must not outlive the block that owns its target.
 
 use tilert_mk_shared::packed::Packing;
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows, WeightFormat};
 use tilert_mk_shared::tile::{
-    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, NOTICE_WORD, STAGE_WORD,
-    STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES, TASK_SLOT_COUNT,
-    TASK_SLOTS, TASK_WORD, WARP_LANES, page_rows,
+    CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, NOTICE_WORD, STAGE_WORD, STEP,
+    STEP_WORD, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES,
+    TASK_SLOT_COUNT, TASK_SLOTS, TASK_WORD, WARP_LANES, page_rows,
 };
 
 use super::block::Block;
 use super::digest::Digest;
 use super::feed::{Fed, Feed, NO_TASK};
-use super::memory::{generic, load_shared_word, store_shared_word};
+use super::memory::{load_shared_word, store_shared_pair, store_shared_word};
+use super::record::record;
 use super::ring::{PageCursor, RingCursor};
-use super::{barrier, copy, warp};
+use super::{barrier, copy, step, warp};
 use crate::worker::Worker;
 
 /// Bytes of a cache line.
@@ -49,9 +50,11 @@ pub fn init(shared: u32, page_count: u32) {
     }
     // SAFETY: words of the block's memory.
     unsafe {
+        store_shared_pair(shared + STEP, [0; 2]);
         store_shared_word(shared + STOP_WORD, 0);
         store_shared_word(shared + TASK_WORD, 0);
         store_shared_word(shared + STAGE_WORD, 0);
+        store_shared_word(shared + STEP_WORD, 0);
         store_shared_word(shared + NOTICE_WORD, 0);
     }
     barrier::fence_init();
@@ -73,15 +76,17 @@ pub fn load(worker: &Worker<Block>) {
         let slot = block.shared + TASK_SLOTS + tasks.index() * TASK_SLOT_BYTES;
         fill_slot(slot, lane, &fed, &block.pages);
         barrier::sync_warp();
-        // SAFETY: the record in the slot, which this warp alone writes.
-        let task = unsafe { &*(generic(slot) as *const Task) };
+        let task = record(slot);
         let is_linear = fed.task_idx != NO_TASK && task.opcode == Opcode::Linear as u16;
-        let args = LinearArgs::unpack(task);
+        let args = LinearArgs::unpack(&task);
         let is_packed = is_linear && args.format == WeightFormat::Bf16;
-        if is_packed && lane == 0 {
-            Digest::new(&args, worker.header().input_bytes).write(slot);
-        }
         if lane == 0 {
+            let digest = if is_packed {
+                Digest::new(&args, worker.header().input_bytes)
+            } else {
+                Digest::default()
+            };
+            digest.write(slot);
             // SAFETY: an initialised barrier.
             unsafe { barrier::arrive(tasks.full()) };
         }
@@ -92,11 +97,14 @@ pub fn load(worker: &Worker<Block>) {
         if !is_linear {
             continue;
         }
-        request_norm(worker, lane, task);
+        if args.token_rows == TokenRows::Logits && !has_logits(block, lane, fed.epoch) {
+            continue;
+        }
+        request_norm(worker, lane, &args);
         let goes_on = if is_packed {
             stream_packed(block, lane, packed(&args), task.signal_event.0)
         } else {
-            stream(block, lane, task)
+            stream(block, lane, &task)
         };
         if !goes_on {
             break;
@@ -105,11 +113,25 @@ pub fn load(worker: &Worker<Block>) {
     block.pages.ring.drain();
 }
 
+/// Whether a step has logits: in one without, tasks that compute logits take no weights. Waits until the
+/// computing warps know it, which comes before they run the task, or the block stops.
+#[inline(always)]
+fn has_logits(block: &Block, lane: u32, epoch: u32) -> bool {
+    let mut has_logits = false;
+    if lane == 0 {
+        // SAFETY: words of the block's memory.
+        let word = |offset| unsafe { load_shared_word(block.shared + offset) };
+        while !has_logits && word(STEP_WORD) != step::word(epoch, false) && word(STOP_WORD) == 0 {
+            has_logits = word(STEP_WORD) == step::word(epoch, true);
+        }
+    }
+    warp::take_word(u32::from(has_logits), 0) != 0
+}
+
 /// Asks for the weights of a task's norm, which every block of its stage needs at its very begin;
 /// blocks ask for different lines. Weights stream through the cache meanwhile, so it has lost them.
 #[inline(always)]
-fn request_norm(worker: &Worker<Block>, lane: u32, task: &Task) {
-    let args = LinearArgs::unpack(task);
+fn request_norm(worker: &Worker<Block>, lane: u32, args: &LinearArgs) {
     if args.norm_weight != 0 {
         let mut line = lane * worker.header().worker_count + worker.worker_idx;
         while line * LINE_BYTES < args.in_dim * 4 {

@@ -13,26 +13,21 @@ use crate::machine::{Machine, Rows};
 
 /// The score of a split without positions.
 pub const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
+/// Merges of a lane that are under way together.
+const MERGES: usize = 2;
 /// Splits of a head whose loads are in flight together.
 const SPLITS_AHEAD: usize = 2;
 
-/// Merges the splits of all heads into a row; `N` merges of a lane are under way together.
+/// Merges the splits of all heads into a row.
 #[inline(always)]
-pub fn merge_heads<const N: usize>(
-    block: &Block,
-    dims: &Dims,
-    splits: u64,
-    count: u32,
-    out: &Rows,
-    row: u32,
-) {
+pub fn merge_heads(block: &Block, dims: &Dims, splits: u64, count: u32, out: &Rows, row: u32) {
     let dim = dims.kv.head_dim;
     let (pitch, len) = (dims.split_values() * 4, dims.head_count * dim);
     let stamp = stamped::input_stamp(block, 0);
     let start = block.thread_idx * QUAD;
     let mut base = start;
     while base < len {
-        let mut merges: [Merge; N] = core::array::from_fn(|step| {
+        let mut merges: [Merge; MERGES] = core::array::from_fn(|step| {
             // Past the end the first head is merged and left alone.
             let column = base + step as u32 * TURN;
             let column = if column < len { column } else { 0 };
@@ -61,7 +56,7 @@ pub fn merge_heads<const N: usize>(
                 put(block.shared, block.layout.get(), out, row, column, quad);
             }
         }
-        base += N as u32 * TURN;
+        base += MERGES as u32 * TURN;
     }
 }
 

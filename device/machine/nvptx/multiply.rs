@@ -6,11 +6,10 @@
 //! therefore depend on `in_dim` and the weights' format alone.
 
 use tilert_mk_shared::limits::SEGMENT_COUNT_MAX;
-use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, PARTIALS, ROWS_PER_WARP, WARP_LANES, WIDE_INPUTS, column_warps,
-    page_rows, vector_values,
+    vector_values,
 };
 
 use super::barrier::sync_compute;
@@ -61,23 +60,6 @@ pub fn product(block: &Block, index: u32) -> f32 {
     // SAFETY: as above.
     let [a, b, c, d] = unsafe { load_shared(first + 16) };
     sum + a + b + c + d
-}
-
-/// See `Machine::discard`.
-#[inline(always)]
-pub fn discard(block: &Block, task: &Task) {
-    let args = LinearArgs::unpack(task);
-    let page_count = if block.kind.format == WeightFormat::Bf16 {
-        Packing::new(args.row_count(), args.in_dim).page_count()
-    } else {
-        let pages = |rows: u32| rows.div_ceil(page_rows(block.kind.format));
-        let groups = (0..task.segment_count()).map(|idx| pages(task.segment(idx).row_count));
-        args.in_dim.div_ceil(CHUNK_COLUMNS) * groups.sum::<u32>()
-    };
-    for _ in 0..page_count {
-        block.pages.wait_full();
-        block.pages.release(block.warp_lane());
-    }
 }
 
 /// What one lane multiplies in every page.

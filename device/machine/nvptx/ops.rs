@@ -4,42 +4,44 @@
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
 
+use core::mem::offset_of;
+
 use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
 use super::attention::Heads;
-use super::block::{Block, Kind, near_step};
-use super::compute::Kept;
+use super::block::{Block, Kind};
+use super::compute::{Kept, Next};
 use super::digest::Digest;
-use super::header::reference;
-use super::loader::RECORD_BYTES;
+use super::header::{self, reference};
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
-use super::{compute, sreg, stamped};
+use super::record::record;
+use super::{compute, sreg, stamped, step};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Runs the op of the task in the block's slot.
 #[inline(always)]
-pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped> {
+pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
     match opcode {
-        Opcode::Empty => return Ok(()),
+        Opcode::Empty => empty(slot),
         Opcode::Admit => admit(slot),
         Opcode::Embed => embed(slot),
-        Opcode::Linear => match LinearArgs::unpack(claim.task).format {
-            WeightFormat::F32 => linear_f32(slot),
-            WeightFormat::F16 => linear_f16(slot),
-            WeightFormat::Bf16 if has_few_rows(claim.task, slot) => {
-                if LinearArgs::unpack(claim.task).leaves_best() {
+        Opcode::Linear => {
+            let args = LinearArgs::unpack(&record(slot));
+            match args.format {
+                WeightFormat::F32 => linear_f32(slot),
+                WeightFormat::F16 => linear_f16(slot),
+                WeightFormat::Bf16 if has_few_rows(&args, slot) && args.leaves_best() => {
                     head_bf16(slot);
-                } else {
-                    linear_bf16(slot);
                 }
+                WeightFormat::Bf16 if has_few_rows(&args, slot) => linear_bf16(slot),
+                WeightFormat::Bf16 => linear_bf16_wide(slot),
+                // The host does not make such programs for a GPU.
+                WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
             }
-            WeightFormat::Bf16 => linear_bf16_wide(slot),
-            // The host does not make such programs for a GPU.
-            WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
-        },
+        }
         Opcode::Attention => match (Heads::of(&worker.header().dims), has_many_splits(worker)) {
             (Heads::Short, false) => attention_short(slot),
             (Heads::Pairs, false) => attention_pairs(slot),
@@ -52,42 +54,44 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode, claim: &Claim) -> Result<(), 
         },
         Opcode::Sample => sample(slot),
     }
-    if has_stopped() { Err(Stopped) } else { Ok(()) }
-}
-
-/// Whether the computing warps know that the device stops.
-#[inline(always)]
-fn has_stopped() -> bool {
-    // SAFETY: a word of the block's memory.
-    unsafe { load_shared_word(shared_base() + NOTICE_WORD) != 0 }
+    if compute::has_stopped() { Err(Stopped) } else { Ok(()) }
 }
 
 /// Whether attention merges splits of any token of the step. That is in functions of its own: code that is
 /// passed by costs a short sequence what it costs to fetch instructions further on.
 #[inline(always)]
 fn has_many_splits(worker: &Worker<Block>) -> bool {
-    let step_view = near_step(shared_base());
-    let (step, header) = (step_view.get(0), worker.header());
-    let tokens = &step.tokens[..step.token_count as usize];
-    tokens.iter().any(|token| header.dims.joins_splits(attention_split_count(token.position)))
+    let (shared, dims) = (shared_base(), &worker.header().dims);
+    let [token_count, _] = step::counts(shared);
+    (0..token_count)
+        .any(|idx| dims.joins_splits(attention_split_count(step::token(shared, idx).position)))
 }
 
 /// Whether the input rows of the linear task in `slot` are kept as parts.
 #[inline(always)]
-fn has_few_rows(task: &Task, slot: u32) -> bool {
-    let rows = LinearArgs::unpack(task).token_rows;
-    let step_view = near_step(shared_base());
-    step_view.get(0).row_count(rows) <= Digest::read(slot).narrow_rows_max
+fn has_few_rows(args: &LinearArgs, slot: u32) -> bool {
+    args.token_rows.count(step::counts(shared_base())) <= Digest::read(slot).narrow_rows_max
 }
 
-/// Whether the task in `slot` is a linear one of `kind`, which is of bf16 weights and few rows.
+/// Whether a task is a linear one of `kind`, which is of bf16 weights and few rows.
 #[inline(always)]
-fn is_alike(slot: u32, task: &Task, kind: Kind) -> bool {
-    let args = LinearArgs::unpack(task);
-    task.opcode == Opcode::Linear as u16
-        && args.format == WeightFormat::Bf16
-        && args.leaves_best() == kind.leaves_best
-        && has_few_rows(task, slot)
+fn is_alike(next: &Next, kind: Kind) -> bool {
+    let task = next.head_of();
+    let args = LinearArgs::unpack(&task);
+    let rows = args.token_rows.count(next.counts);
+    // All of it, without a branch for each part.
+    (task.opcode == Opcode::Linear as u16)
+        & (args.format == WeightFormat::Bf16)
+        & (args.leaves_best() == kind.leaves_best)
+        & (rows <= next.digest.narrow_rows_max)
+}
+
+/// Whether a task is an empty one that waits for values.
+#[inline(always)]
+fn is_passing_on(next: &Next) -> bool {
+    // SAFETY: a word of the slot, which is full.
+    let count = unsafe { load_shared_word(next.slot + offset_of!(Task, words) as u32) };
+    (next.head_of().opcode == Opcode::Empty as u16) & (count != 0)
 }
 
 /// Runs an op on a worker made from the slot. What it leaves behind goes to shared memory: results
@@ -96,17 +100,14 @@ fn is_alike(slot: u32, task: &Task, kind: Kind) -> bool {
 fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
     let shared = shared_base();
     let header = reference(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header, kind, OP_WORDS);
+    let block = Block::new(sreg::thread_idx(), shared, &header::header(), kind, OP_WORDS);
     block.pages.go_to(slot);
     block.slot.set(slot);
     if block.warp_lane() == 0 {
         stamped::forget(block.warp_idx());
     }
-    // SAFETY: words of the slot, which is full while the op runs.
-    let (task_idx, epoch) = unsafe {
-        (load_shared_word(slot + RECORD_BYTES), load_shared_word(slot + RECORD_BYTES + 4))
-    };
-    // SAFETY: the record in the slot, likewise.
+    let (task_idx, epoch) = compute::task_in(slot);
+    // SAFETY: the record in the slot, which is full while the op runs.
     let task = unsafe { &*(generic(slot) as *const Task) };
     // SAFETY: the header is that of the kernel, by the contract of its entry.
     let worker = unsafe {
@@ -131,20 +132,20 @@ macro_rules! op {
     };
 }
 
-/// The same for linear tasks of bf16 weights and few rows: goes on with those that follow, since a
-/// turn of the loop takes as long as a short task's product.
+/// The same for short tasks: goes on with those that follow and are alike, since a turn of the loop takes as
+/// long as a short task's product.
 macro_rules! ops {
-    ($name:ident, $kind:expr) => {
+    ($name:ident, $opcode:ident, $kind:expr, $is_alike:expr) => {
         #[inline(never)]
         fn $name(slot: u32) {
             let mut slot = slot;
             loop {
-                with_worker(slot, Opcode::Linear, $kind);
+                with_worker(slot, Opcode::$opcode, $kind);
                 // Assemblers for older chips find too few registers for it, in other ops.
-                if !cfg!(tilert_sm90) || has_stopped() {
+                if !cfg!(tilert_sm90) {
                     return;
                 }
-                match compute::follow(|slot, task| is_alike(slot, task, $kind)) {
+                match compute::follow(slot, $is_alike) {
                     Some(next) => slot = sreg::fresh(next),
                     None => return,
                 }
@@ -153,12 +154,16 @@ macro_rules! ops {
     };
 }
 
+const LINEAR: Kind = Kind::linear(WeightFormat::Bf16, true, false);
+const HEAD: Kind = Kind::linear(WeightFormat::Bf16, true, true);
+
+ops!(empty, Empty, Kind::NONE, is_passing_on);
 op!(admit, Admit, Kind::NONE);
 op!(embed, Embed, Kind::NONE);
 op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false, true));
 op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
-ops!(linear_bf16, Kind::linear(WeightFormat::Bf16, true, false));
-ops!(head_bf16, Kind::linear(WeightFormat::Bf16, true, true));
+ops!(linear_bf16, Linear, LINEAR, |next| is_alike(next, LINEAR));
+ops!(head_bf16, Linear, HEAD, |next| is_alike(next, HEAD));
 op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
 op!(attention_short, Attention, Kind::attention(Heads::Short, false));
 op!(attention_pairs, Attention, Kind::attention(Heads::Pairs, false));

@@ -9,6 +9,8 @@ use tilert_mk_shared::tile::{
 };
 
 use super::loader::RECORD_BYTES;
+use super::memory::load_shared_pair;
+#[cfg(tilert_sm90)]
 use super::memory::load_shared_word;
 #[cfg(tilert_sm90)]
 use super::warp;
@@ -167,9 +169,7 @@ impl PageCursor {
     #[inline(always)]
     pub fn go_to(&self, slot: u32) {
         // SAFETY: words of a full slot, which the loading warp does not touch.
-        let (index, parity) = unsafe {
-            (load_shared_word(slot + RECORD_BYTES + 8), load_shared_word(slot + RECORD_BYTES + 12))
-        };
+        let [index, parity] = unsafe { load_shared_pair(slot + RECORD_BYTES + 8) };
         self.ring.go_to(index, parity);
     }
 

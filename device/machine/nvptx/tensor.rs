@@ -18,14 +18,17 @@ use tilert_mk_shared::packed::{
 use tilert_mk_shared::task::{LinearArgs, Task};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
+use super::barrier::sync_warp;
 use super::block::Block;
 use super::digest::Digest;
+use super::header::header;
 use super::inputs::{Layout, split_pair, swizzled};
 use super::memory::{
-    load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
+    Quad, load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
 };
+use super::stamped::{self, Looks, Words};
 use super::warp;
-use crate::machine::Rows;
+use crate::machine::{Machine, Rows};
 
 /// `c += a * b` for 16 rows, 8 columns and 16 values of k. PTX: `mma.sync.m16n8k16`.
 #[inline(always)]
@@ -64,12 +67,14 @@ struct Lane {
     layout: Layout,
     /// Address of the lane's inputs in the first block: shared if near, else global.
     input: u64,
+    /// The stamp of inputs that have one.
+    stamp: u32,
 }
 
 /// Leaves the partial products of all rows, one for each warp, in the area of partials.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
-    let args = LinearArgs::unpack(task);
+    let args = LinearArgs::unpack(&block.record(task));
     let digest = Digest::read(block.slot.get());
     let shape = Shape {
         in_dim: args.in_dim,
@@ -82,6 +87,7 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
     let layout = block.layout.get();
     // Columns of accumulators that belong to nobody repeat another's inputs.
     let token = group.min(count - 1);
+    let far = x.values.address() + u64::from(token * x.stride as u32 + column) * 4;
     let input = match layout {
         Layout::Parts { rows, pitch } => {
             let (part, token) = ((group / 2).min(PARTS - 1), (group % 2).min(count - 1));
@@ -91,11 +97,13 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
             let offset = (token * x.stride as u32 + swizzled(column)) * 4;
             u64::from(block.shared + WIDE_INPUTS + offset)
         }
-        Layout::Far => x.values.address() + u64::from(token * x.stride as u32 + column) * 4,
+        Layout::Far => far,
+        Layout::Stamped => stamped::place(&header(), far),
     };
     let whole = block.warp_idx() * digest.unit_bytes + block.warp_lane() * LANE_BYTES;
     let half = whole - block.warp_lane() * LANE_BYTES / 2;
-    let lane = Lane { column, warp_column, whole, half, layout, input };
+    let stamp = stamped::input_stamp(block, 0);
+    let lane = Lane { column, warp_column, whole, half, layout, input, stamp };
     let rows = [args.row_count(), count];
     macro_rules! by_groups {
         ($of:ident) => {
@@ -141,7 +149,13 @@ fn wide<const G: usize, const HALF: bool>(
     shape: &Shape,
     rows: [u32; 2],
 ) {
-    let sums = product::<G, HALF>(block, lane, shape);
+    // As many blocks ahead as there are registers for.
+    let sums = match lane.layout {
+        Layout::Stamped if G <= 2 => product_far::<[Words; 2], G, HALF, 3>(block, lane, shape),
+        Layout::Stamped => product_far::<[Words; 2], G, HALF, 1>(block, lane, shape),
+        Layout::Far => product_far::<[Quad; 2], G, HALF, 2>(block, lane, shape),
+        _ => product::<G, HALF>(block, lane, shape),
+    };
     for (idx, [large, middle, small]) in (0u32..).zip(&sums) {
         let sum = |idx: usize| small[idx] + middle[idx] + large[idx];
         leave(block, [sum(0), sum(1), sum(2), sum(3)], idx * GROUP_ROWS, rows);
@@ -201,6 +215,35 @@ fn product<const G: usize, const HALF: bool>(
         add_last::<G, 3, HALF>(&mut sums, lane, shape, &next);
         if next.advance(block, shape) {
             block.pages.release(block.warp_lane());
+        }
+    }
+    sums
+}
+
+/// The same with inputs in the heap, which are asked for `AHEAD` blocks ahead.
+#[inline(always)]
+fn product_far<F: Far, const G: usize, const HALF: bool, const AHEAD: usize>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+) -> Sums<G, 3> {
+    let mut sums = [[[0.0; 4]; 3]; G];
+    let mut next = Next::new(block, shape);
+    let mut ahead: [F; AHEAD] =
+        core::array::from_fn(|idx| take_far(lane, shape, idx as u32 * BLOCK_COLUMNS));
+    while next.first < shape.in_dim {
+        for far in &mut ahead {
+            if next.first < shape.in_dim {
+                let first = next.first;
+                let inputs = split_inputs(far.settle(block, lane, || take_far(lane, shape, first)));
+                *far = take_far(lane, shape, first + AHEAD as u32 * BLOCK_COLUMNS);
+                if first + lane.warp_column < shape.in_dim {
+                    add_products(&mut sums, &(inputs, take_groups::<G, HALF>(lane, &next)));
+                }
+                if next.advance(block, shape) {
+                    block.pages.release(block.warp_lane());
+                }
+            }
         }
     }
     sums
@@ -312,15 +355,92 @@ fn take_inputs<const TILES: usize>(lane: &Lane, first: u32) -> [[u32; 4]; TILES]
         // SAFETY: this lane's columns of a part's row.
         return [unsafe { load_shared_words(lane.input as u32 + first * 2) }; TILES];
     }
-    let (low, high) = if lane.layout == Layout::Near {
-        let place = lane.input as u32 + first * 4;
-        // SAFETY: this lane's columns of an input row; halves of a group are 128 values apart.
-        unsafe { (load_shared(place), load_shared(place + 512)) }
-    } else {
-        let place = lane.input + u64::from(first) * 4;
-        // SAFETY: this lane's columns of an input row.
-        unsafe { (load_global(place), load_global(place + 16)) }
-    };
+    let place = lane.input as u32 + first * 4;
+    // SAFETY: this lane's columns of an input row; halves of a group are 128 values apart.
+    split_inputs(unsafe { [load_shared(place), load_shared(place + 512)] })
+}
+
+/// A lane's 8 inputs in the heap, which may still be on their way.
+trait Far: Copy {
+    /// Bytes of a value.
+    const BYTES: u64;
+
+    /// Zeros.
+    fn zeros(lane: &Lane) -> Self;
+
+    /// Asks for those at an address.
+    ///
+    /// # Safety
+    /// It is that of a lane's columns of an input row.
+    unsafe fn take(place: u64) -> Self;
+
+    /// The values, once they are there; `again` asks for them again. The warp meets.
+    fn settle(self, block: &Block, lane: &Lane, again: impl Fn() -> Self) -> [Quad; 2];
+}
+
+impl Far for [Quad; 2] {
+    const BYTES: u64 = 4;
+
+    #[inline(always)]
+    fn zeros(_lane: &Lane) -> Self {
+        [[0.0; 4]; 2]
+    }
+
+    #[inline(always)]
+    unsafe fn take(place: u64) -> Self {
+        // SAFETY: by this function's contract.
+        unsafe { [load_global(place), load_global(place + 16)] }
+    }
+
+    #[inline(always)]
+    fn settle(self, _block: &Block, _lane: &Lane, _again: impl Fn() -> Self) -> [Quad; 2] {
+        self
+    }
+}
+
+impl Far for [Words; 2] {
+    const BYTES: u64 = 8;
+
+    #[inline(always)]
+    fn zeros(lane: &Lane) -> Self {
+        [stamped::zeros(lane.stamp); 2]
+    }
+
+    /// Adjacent fours have adjacent pairs of words; whole groups further on, they lie as they do here.
+    #[inline(always)]
+    unsafe fn take(place: u64) -> Self {
+        // SAFETY: by this function's contract.
+        unsafe { [stamped::load_quad(place), stamped::load_quad(place + 16)] }
+    }
+
+    #[inline(always)]
+    fn settle(self, block: &Block, lane: &Lane, again: impl Fn() -> Self) -> [Quad; 2] {
+        let mut words = self;
+        if stamped::difference(words.as_flattened(), lane.stamp) != 0 {
+            words = stamped::wait(block, Looks::AtOnce, || {
+                let words = again();
+                (words, stamped::difference(words.as_flattened(), lane.stamp))
+            });
+        }
+        // Lanes multiply together.
+        sync_warp();
+        words.map(stamped::values)
+    }
+}
+
+/// Asks for the lane's inputs in the block whose columns begin at `first`; zeros past the row's end.
+#[inline(always)]
+fn take_far<F: Far>(lane: &Lane, shape: &Shape, first: u32) -> F {
+    if first + lane.column >= shape.in_dim {
+        return F::zeros(lane);
+    }
+    // SAFETY: this lane's columns of an input row.
+    unsafe { F::take(lane.input + u64::from(first) * F::BYTES) }
+}
+
+/// A lane's 8 inputs as bf16 for each tile.
+#[inline(always)]
+fn split_inputs<const TILES: usize>([low, high]: [Quad; 2]) -> [[u32; 4]; TILES] {
     let pairs = [
         split_pair(low[0], low[1]),
         split_pair(low[2], low[3]),

@@ -90,7 +90,11 @@ pub(super) fn run(args: &RuntimeArgs) -> Result<()> {
         bench.threads()?;
     }
     bench.steps(workers)?;
-    bench.reactions()?;
+    bench.reactions(1)?;
+    if workers > 1 {
+        // Those that have nothing to do look at the mailbox too.
+        bench.reactions(workers)?;
+    }
     for vocab_size in VOCABS {
         bench.sampling(vocab_size)?;
     }
@@ -189,10 +193,13 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn reactions(&mut self) -> Result<()> {
-        let mut engine = self.engine(Some(1), EmptyShape { stage_count: 0, stage_tasks: 0 })?;
+    fn reactions(&mut self, workers: u32) -> Result<()> {
+        let shape = EmptyShape { stage_count: 0, stage_tasks: 0 };
+        let mut engine = self.engine(Some(workers), shape)?;
+        let plural = if workers > 1 { "s" } else { "" };
         for (name, pause) in [("at once", None), ("after 300 µs", Some(PAUSE))] {
-            self.row(format!("submission to reaction, {name}"), 1, |samples| {
+            let name = format!("submission to reaction, {name}, {workers} worker{plural}");
+            self.row(name, 1, |samples| {
                 loop {
                     if let Some(pause) = pause {
                         std::thread::sleep(pause);
