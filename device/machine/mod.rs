@@ -190,7 +190,7 @@ pub trait Machine {
     /// is visible to all lanes.
     fn lead(&self, job: impl FnOnce() -> u32) -> u32;
 
-    /// Collective: brings the step's description near, once a step, when its first input is ready.
+    /// Collective: brings the description of step `epoch` near, once a step, when its first input is ready.
     fn keep_step(&self, step: Span<StepState>, epoch: u32);
 
     /// Collective: the input rows hold the result of this prologue from now on, see
