@@ -102,6 +102,8 @@ fn attention_that_merges_gives_the_logits_of_the_cpu() {
 #[test]
 fn long_rows_give_the_logits_of_the_cpu() {
     check((2, 1, 64, "Llama"), [1608, 2056], 9, &[(90, 1, 8), (90, 3, 3), (80, 2, 8)]);
+    // Tasks of few rows ask for inputs further ahead.
+    check((2, 1, 64, "Llama"), [264, 2056], 9, &[(90, 17, 8), (90, 9, 8), (90, 2, 3)]);
 }
 
 #[test]
