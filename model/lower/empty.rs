@@ -43,7 +43,7 @@ impl EmptyShape {
 /// that nothing computes. On a device that stamps values, where stages have a task of each worker, each
 /// task leaves one and waits for those of the stage before it, as tasks do that compute something.
 ///
-/// Errors:  as `lower`; a shape that is not proved to end.
+/// Errors: as `lower`; a shape that is not proved to end, or whose values find no room.
 pub fn lower_empty(
     config: &ModelConfig,
     options: &LowerOptions,

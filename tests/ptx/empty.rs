@@ -6,8 +6,7 @@ use tilert_mk::driver::Device;
 use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Request};
 use tilert_mk_model::lower::EmptyShape;
 
-use crate::ptx_device::PtxDevice;
-use crate::shipped;
+use crate::{run_clean, shipped};
 
 /// The tokens of steps without arithmetic.
 fn tokens(device: Box<dyn Device>, shape: EmptyShape) -> Vec<u32> {
@@ -35,10 +34,9 @@ fn empty_stages_end_and_sample_as_on_the_cpu() {
         let shape = EmptyShape { stage_count, stage_tasks };
         let expected = tokens(DeviceKind::Cpu.open(false).expect("the CPU is there"), shape);
         for capability in [80, 90] {
-            let (device, report) = PtxDevice::new(shipped(capability, 2, 7));
-            assert_eq!(tokens(Box::new(device), shape), expected);
-            let report = report.lock().expect("the device has not panicked");
-            assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
+            let what = format!("{shape:?}, sm_{capability}");
+            let found = run_clean(&what, shipped(capability, 2, 7), |device| tokens(device, shape));
+            assert_eq!(found, expected, "{what}");
         }
     }
 }

@@ -3,8 +3,7 @@
 use tilert_mk::driver::Device;
 use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
 
-use crate::ptx_device::PtxDevice;
-use crate::{answer, shipped};
+use crate::{answer, run_clean, shipped};
 
 /// Largest difference from the CPU's logits, relative to the largest of a row.
 const TOLERANCE: f32 = 1e-4;
@@ -57,10 +56,8 @@ fn check(heads: Heads, rows: Rows, len: u32, runs: &[(u32, u32, u32)]) {
     for (capability, workers, width) in runs {
         let what =
             format!("{heads:?}, {rows:?}, sm_{capability}, {workers} workers, width {width}");
-        let (device, report) = PtxDevice::new(shipped(*capability, *workers, 5));
-        let found = logits(Box::new(device), heads, rows, *width, len);
-        let report = report.lock().expect("the device has not panicked");
-        assert!(report.findings.is_empty(), "{what}: {}", report.findings.join("\n"));
+        let options = shipped(*capability, *workers, 5);
+        let found = run_clean(&what, options, |device| logits(device, heads, rows, *width, len));
         assert_eq!(found.len(), expected.len(), "{what}");
         for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));

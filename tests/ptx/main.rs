@@ -97,7 +97,17 @@ fn shipped(capability: u32, workers: u32, seed: u64) -> PtxOptions {
     PtxOptions { text: text.to_owned(), workers, shared_bytes, seed, edit_tasks: |_| () }
 }
 
-/// A run of the PTX, which must be free of findings.
+/// What `job` makes of a device that runs the PTX, which must be free of findings.
+fn run_clean<T>(what: &str, options: PtxOptions, job: impl FnOnce(Box<dyn Device>) -> T) -> T {
+    let (device, report) = PtxDevice::new(options);
+    let result = job(Box::new(device));
+    let report = report.lock().expect("the device has not panicked");
+    assert!(report.findings.is_empty(), "{what}: {}", report.findings.join("\n"));
+    assert!(report.lane_steps > 0, "{what}");
+    result
+}
+
+/// A run of the PTX.
 fn run_ptx(
     golden: [&str; 2],
     options: PtxOptions,
@@ -105,12 +115,8 @@ fn run_ptx(
     prompt: &[u32],
     max_tokens: u32,
 ) -> Output {
-    let (device, report) = PtxDevice::new(options);
-    let output = run(golden, Box::new(device), width, prompt, max_tokens);
-    let report = report.lock().expect("the device has not panicked");
-    assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
-    assert!(report.lane_steps > 0);
-    output.expect("the request ends")
+    run_clean("golden", options, |device| run(golden, device, width, prompt, max_tokens))
+        .expect("the request ends")
 }
 
 #[test]
@@ -128,14 +134,12 @@ fn prompts_without_logits_give_the_same_tokens() {
     for (capability, folder) in [(90, "bf16"), (90, "f32"), (80, "bf16")] {
         let expected = run_ptx(["qwen3", folder], shipped(capability, 2, 0), 2, &PROMPT, 3);
         for workers in [1, 3] {
-            let (device, report) = PtxDevice::new(shipped(capability, workers, 11));
             let path = golden_folder("qwen3").join(folder);
-            let mut engine = open(&path, Box::new(device), 2).expect("it opens");
-            let found = output(&mut engine, &Request::greedy(&PROMPT, 3)).expect("it ends");
-            drop(engine);
+            let found = run_clean(folder, shipped(capability, workers, 11), |device| {
+                let mut engine = open(&path, device, 2).expect("it opens");
+                output(&mut engine, &Request::greedy(&PROMPT, 3)).expect("it ends")
+            });
             assert_eq!((found.ids, found.rows.len()), (expected.ids.clone(), 0));
-            let report = report.lock().expect("the device has not panicked");
-            assert!(report.findings.is_empty(), "{}", report.findings.join("\n"));
         }
     }
 }

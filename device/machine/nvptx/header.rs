@@ -5,29 +5,15 @@
 //! need a descriptor each.
 
 use core::arch::asm;
-use core::ops::Deref;
 
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::HEADER;
 
-use super::memory::generic;
+use super::memory::{Near, generic};
 use super::sreg;
 
 /// Words of the header.
 const WORD_COUNT: usize = size_of::<ProgramHeader>() / 8;
-
-/// The header, of which what is not used is not read.
-#[derive(Clone, Copy)]
-pub struct Near(ProgramHeader);
-
-impl Deref for Near {
-    type Target = ProgramHeader;
-
-    #[inline(always)]
-    fn deref(&self) -> &ProgramHeader {
-        &self.0
-    }
-}
 
 macro_rules! words {
     ($again:ident, $($idx:literal)*) => { [$(word::<{ HEADER + $idx * 8 }>($again)),*] };
@@ -35,7 +21,7 @@ macro_rules! words {
 
 /// The header.
 #[inline(always)]
-pub fn header() -> Near {
+pub fn header() -> Near<ProgramHeader> {
     // Of which the compiler knows nothing: words are read again, registers are scarce.
     let again = sreg::fresh(0);
     let words: [u64; WORD_COUNT] = words!(

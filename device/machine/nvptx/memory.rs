@@ -1,11 +1,25 @@
 //! Wide loads and stores, and the block's shared memory by 32-bit address.
 
 use core::arch::{asm, global_asm};
+use core::ops::Deref;
 
 global_asm!(".extern .shared .align 128 .b8 tilert_mk_shared[];");
 
 /// Four values.
 pub type Quad = [f32; 4];
+
+/// What has been read from the block's memory, of which what is not used is not read.
+#[derive(Clone, Copy)]
+pub struct Near<T>(pub T);
+
+impl<T> Deref for Near<T> {
+    type Target = T;
+
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
 
 /// Shared address of the block's dynamic memory.
 #[inline(always)]

@@ -3,26 +3,14 @@
 //! Read where it is used, as the header is (`header.rs`), and for the same reasons.
 
 use core::arch::asm;
-use core::ops::Deref;
 
 use tilert_mk_shared::task::Task;
 
+use super::memory::Near;
 use super::sreg;
 
 /// Words of a record.
 const WORD_COUNT: usize = size_of::<Task>() / 8;
-
-/// A record, of which what is not used is not read.
-pub struct Record(Task);
-
-impl Deref for Record {
-    type Target = Task;
-
-    #[inline(always)]
-    fn deref(&self) -> &Task {
-        &self.0
-    }
-}
 
 macro_rules! words {
     ($slot:ident, $again:ident, $($idx:literal)*) => { [$(word::<{ $idx * 8 }>($slot, $again)),*] };
@@ -30,12 +18,12 @@ macro_rules! words {
 
 /// That in a full slot.
 #[inline(always)]
-pub fn record(slot: u32) -> Record {
+pub fn record(slot: u32) -> Near<Task> {
     // Of which the compiler knows nothing: words are read again, registers are scarce.
     let again = sreg::fresh(0);
     let words: [u64; WORD_COUNT] = words!(slot, again, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
     // SAFETY: the words of a record, in their order.
-    Record(unsafe { core::mem::transmute::<[u64; WORD_COUNT], Task>(words) })
+    Near(unsafe { core::mem::transmute::<[u64; WORD_COUNT], Task>(words) })
 }
 
 /// The word at an offset of a record.
