@@ -24,6 +24,28 @@ pub fn sync_warp() {
     unsafe { asm!("bar.warp.sync 0xffffffff;", options(nostack)) };
 }
 
+/// The first of the barriers that a warp has for itself, after those of the block and of its computing threads.
+#[cfg(tilert_sm90)]
+pub const OWN_BARRIERS: u32 = 2;
+
+/// Waits for the lanes of this computing warp, on its own barrier of the block, and tells the assembler that they
+/// go on together, which `sync_warp` does not. The text tells the places of such barriers apart.
+#[cfg(tilert_sm90)]
+macro_rules! sync_own_warp {
+    ($text:expr) => {
+        // SAFETY: all 32 lanes call this together; the barriers are one for each warp, and for nothing else.
+        unsafe {
+            core::arch::asm!(
+                concat!("barrier.cta.sync.aligned {barrier}, 32; // ", $text),
+                barrier = in(reg32) barrier::OWN_BARRIERS + sreg::thread_idx() / 32,
+                options(nostack),
+            );
+        }
+    };
+}
+#[cfg(tilert_sm90)]
+pub(super) use sync_own_warp;
+
 /// Makes a barrier of `arrivals` a phase.
 ///
 /// # Safety

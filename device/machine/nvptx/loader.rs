@@ -117,13 +117,16 @@ pub fn load(worker: &Worker<Block>) {
 /// computing warps know it, which comes before they run the task, or the block stops.
 #[inline(always)]
 fn has_logits(block: &Block, lane: u32, epoch: u32) -> bool {
+    let (with, without) = (step::word(epoch, true), step::word(epoch, false));
     let mut has_logits = false;
     if lane == 0 {
         // SAFETY: words of the block's memory.
         let word = |offset| unsafe { load_shared_word(block.shared + offset) };
-        while !has_logits && word(STEP_WORD) != step::word(epoch, false) && word(STOP_WORD) == 0 {
-            has_logits = word(STEP_WORD) == step::word(epoch, true);
+        let mut seen = word(STEP_WORD);
+        while seen != with && seen != without && word(STOP_WORD) == 0 {
+            seen = word(STEP_WORD);
         }
+        has_logits = seen == with;
     }
     warp::take_word(u32::from(has_logits), 0) != 0
 }

@@ -11,6 +11,8 @@ use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
 use super::attention::Heads;
+#[cfg(tilert_sm90)]
+use super::barrier;
 use super::block::{Block, Kind};
 use super::compute::{Kept, Next};
 use super::digest::Digest;
@@ -20,39 +22,52 @@ use super::record::record;
 use super::{compute, sreg, stamped, step};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
+/// Calls an op on a slot.
+///
+/// On sm_90 the warp meets before, by an instruction whose text names the op. While one lane waits for the task's
+/// input, the assembler takes the warp's lanes for parted, until an `aligned` barrier, and spends two more
+/// instructions on each access of global memory. Were the barrier's text the same for all ops, the compiler would
+/// move it to before the choice of the op, where it says nothing about what follows.
+macro_rules! call {
+    ($op:ident, $slot:ident) => {{
+        // Assemblers for older chips find too few registers with it.
+        #[cfg(tilert_sm90)]
+        barrier::sync_own_warp!(stringify!($op));
+        $op($slot)
+    }};
+}
+
 /// Runs the op of the task in the block's slot.
 #[inline(always)]
 pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
     match opcode {
-        Opcode::Empty => empty(slot),
-        Opcode::Admit => admit(slot),
-        Opcode::Embed => embed(slot),
+        Opcode::Empty => call!(empty, slot),
+        Opcode::Admit => call!(admit, slot),
+        Opcode::Embed => call!(embed, slot),
         Opcode::Linear => {
             let args = LinearArgs::unpack(&record(slot));
             match args.format {
-                WeightFormat::F32 => linear_f32(slot),
-                WeightFormat::F16 => linear_f16(slot),
-                WeightFormat::Bf16 if has_few_rows(&args, slot) && args.leaves_best() => {
-                    head_bf16(slot);
-                }
-                WeightFormat::Bf16 if has_few_rows(&args, slot) => linear_bf16(slot),
-                WeightFormat::Bf16 => linear_bf16_wide(slot),
+                WeightFormat::F32 => call!(linear_f32, slot),
+                WeightFormat::F16 => call!(linear_f16, slot),
+                WeightFormat::Bf16 if !has_few_rows(&args, slot) => call!(linear_bf16_wide, slot),
+                WeightFormat::Bf16 if args.leaves_best() => call!(head_bf16, slot),
+                WeightFormat::Bf16 => call!(linear_bf16, slot),
                 // The host does not make such programs for a GPU.
                 WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
             }
         }
         Opcode::Attention => match (Heads::of(&worker.header().dims), has_many_splits(worker)) {
-            (Heads::Short, false) => attention_short(slot),
-            (Heads::Pairs, false) => attention_pairs(slot),
-            (Heads::Middle, false) => attention(slot),
-            (Heads::Long, false) => attention_long(slot),
-            (Heads::Short, true) => attention_short_joining(slot),
-            (Heads::Pairs, true) => attention_pairs_joining(slot),
-            (Heads::Middle, true) => attention_joining(slot),
-            (Heads::Long, true) => attention_long_joining(slot),
+            (Heads::Short, false) => call!(attention_short, slot),
+            (Heads::Pairs, false) => call!(attention_pairs, slot),
+            (Heads::Middle, false) => call!(attention, slot),
+            (Heads::Long, false) => call!(attention_long, slot),
+            (Heads::Short, true) => call!(attention_short_joining, slot),
+            (Heads::Pairs, true) => call!(attention_pairs_joining, slot),
+            (Heads::Middle, true) => call!(attention_joining, slot),
+            (Heads::Long, true) => call!(attention_long_joining, slot),
         },
-        Opcode::Sample => sample(slot),
+        Opcode::Sample => call!(sample, slot),
     }
     if compute::has_stopped() { Err(Stopped) } else { Ok(()) }
 }
