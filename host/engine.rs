@@ -163,7 +163,7 @@ impl Engine {
                 "the queues",
                 bytes_of(&program.queue_entries),
             )?,
-            heap: device.reserve("the heap", program.plan.total_bytes)?,
+            heap: device.reserve_heap(&program.plan)?,
             mailbox: device.reserve_shared("the mailbox", size_of::<Mailbox>() as u64)?,
             prompts: device.reserve_shared("the prompts", prompts)?,
             fault: device.reserve_shared("the fault record", size_of::<FaultRecord>() as u64)?,

@@ -10,13 +10,16 @@ use tilert_mk_device::machine::cpu::thread::{Idling, Thread};
 use tilert_mk_device::machine::memory::Span;
 use tilert_mk_device::worker::{Progress, Worker};
 use tilert_mk_shared::limits::{SEGMENT_ROWS_MAX, STEP_TOKENS_MAX, WORKER_COUNT_MAX};
-use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::program::{HeapPlan, ProgramHeader};
 
 use super::{Device, Profile};
 use crate::error::{Error, Result};
 
 /// Weight bytes of a linear task, about: a few microseconds of reading.
 const TILE_BYTES: u64 = 256 << 10;
+
+/// Bytes of a huge page, of most systems.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Polls of an event between two looks at the stop word, the clock and other queues.
 const POLLS_PER_LOOK: u32 = 256;
@@ -84,6 +87,22 @@ impl Device for CpuDevice {
 
     fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
         let map = anonymous(what, bytes)?;
+        let address = map.as_ptr() as u64;
+        self.memory.push(map);
+        Ok(address)
+    }
+
+    /// The cache is in small pages: a huge one holds all positions of a head, or several heads, and is cleared
+    /// when the first of them is stored.
+    fn reserve_heap(&mut self, plan: &HeapPlan) -> Result<u64> {
+        let map = anonymous("the heap", plan.total_bytes)?;
+        let first = plan.kv.next_multiple_of(HUGE_PAGE_BYTES).min(plan.total_bytes);
+        // A hint, as for huge pages.
+        let _ = map.advise_range(
+            Advice::NoHugePage,
+            first as usize,
+            (plan.total_bytes - first) as usize,
+        );
         let address = map.as_ptr() as u64;
         self.memory.push(map);
         Ok(address)

@@ -7,7 +7,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod survey;
 
-use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::program::{HeapPlan, ProgramHeader};
 
 use crate::error::Result;
 
@@ -52,6 +52,12 @@ pub trait Device: Send {
     ///
     /// Errors: memory that is not there.
     fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64>;
+
+    /// The same for a heap, at whose end is the cache of keys and values, of which a sequence needs as much as it
+    /// is long.
+    fn reserve_heap(&mut self, plan: &HeapPlan) -> Result<u64> {
+        self.reserve("the heap", plan.total_bytes)
+    }
 
     /// Zeroed memory that the host and the device both reach, at the same address.
     ///

@@ -95,9 +95,10 @@ fn products<W: Wide, const R: usize, const T: usize>(
     let input = side_by_side::<f32, T>(&inputs[token * x.stride..], x.stride, m.in_dim);
     // The first tokens bring the rows into the cache for the others.
     let is_ahead = R > 1 && T > 1 && token == 0;
+    // Zeroed once: what a block of fewer sums leaves alone is folded and not used.
+    let mut sums = [_mm512_setzero_ps(); FOLDED];
     let mut first = rows.start;
     while first < rows.end {
-        let mut sums = [_mm512_setzero_ps(); FOLDED];
         let end = rows.end.min(first + FOLDED / T / R * R);
         for row in (first..end).step_by(R) {
             let w = side_by_side::<W, R>(&weights[row * m.in_dim..], m.in_dim, m.in_dim);

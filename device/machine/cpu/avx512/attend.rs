@@ -85,8 +85,8 @@ fn group<const Q: usize>(
 fn score<const Q: usize>(query: [&[f32]; Q], keys: &[f32], scores: &mut [Weights; Q]) {
     let dim = query[0].len();
     let batch = FOLDED / Q;
+    let mut sums = [_mm512_setzero_ps(); FOLDED];
     for (first, keys) in (0..).step_by(batch).zip(keys.chunks(batch * dim)) {
-        let mut sums = [_mm512_setzero_ps(); FOLDED];
         for (idx, key) in keys.chunks_exact(dim).enumerate() {
             let [row] = dots::<f32, 1, Q>([key], query, false);
             for q in 0..Q {

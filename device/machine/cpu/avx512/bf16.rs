@@ -58,12 +58,12 @@ fn products<const R: usize, const T: usize>(
         // SAFETY: `InputForm::convert` has left as many values at the row's begin.
         inputs[t] = unsafe { std::slice::from_raw_parts(row.address() as *const u16, m.in_dim) };
     }
+    let mut sums = [_mm512_setzero_ps(); FOLDED];
     for row in rows.step_by(R) {
         let mut w: [&[u16]; R] = [&[]; R];
         for r in 0..R {
             w[r] = &weights.as_slice()[(row + r) * m.in_dim..][..m.in_dim];
         }
-        let mut sums = [_mm512_setzero_ps(); FOLDED];
         let found = dots::<R, T>(&w, &inputs);
         for r in 0..R {
             for t in 0..T {
