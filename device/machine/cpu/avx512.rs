@@ -29,7 +29,10 @@ const ROWS: usize = 3;
 const TOKENS: usize = 4;
 /// Weight bytes between those that are multiplied and those that are requested, where rows are read
 /// side by side: streams too short for the prefetcher of the chip.
-const PREFETCH_BYTES: usize = 16 << 10;
+const SIDE_BY_SIDE_AHEAD: usize = 16 << 10;
+/// The same where rows are one stream. On a Zen 5 such reads take 90% of a core's bandwidth without requests and all
+/// of it with them; a Zen 4, which has no AVX-VNNI, follows the stream by itself, and requests slow it down.
+const STREAM_AHEAD: usize = 8 << 10;
 /// Rows of models so small that their weights stay in the caches: four side by side share inputs.
 const SHORT_ROW_BYTES: usize = 1 << 9;
 /// Sums that are folded at once.
@@ -59,27 +62,31 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 fn matmul_stored<W: Wide>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first: usize) {
-    let whole = m.row_count - m.row_count % ROWS;
+    let (all, whole) = (m.row_count, m.row_count - m.row_count % ROWS);
     let mut token = 0;
     while token + TOKENS <= token_count {
-        products::<W, ROWS, TOKENS>(&m, 0..whole, &x, token, &y, out_first);
-        products::<W, 1, TOKENS>(&m, whole..m.row_count, &x, token, &y, out_first);
+        // The first tokens bring the rows into the cache for the others.
+        let ahead = if token == 0 { SIDE_BY_SIDE_AHEAD } else { 0 };
+        products::<W, ROWS, TOKENS>(&m, 0..whole, &x, token, &y, out_first, ahead);
+        products::<W, 1, TOKENS>(&m, whole..all, &x, token, &y, out_first, 0);
         token += TOKENS;
     }
+    let ahead = if is_x86_feature_detected!("avxvnni") { STREAM_AHEAD } else { 0 };
     match token_count - token {
         1 if m.in_dim * size_of::<W>() <= SHORT_ROW_BYTES => {
-            let fours = m.row_count - m.row_count % 4;
-            products::<W, 4, 1>(&m, 0..fours, &x, token, &y, out_first);
-            products::<W, 1, 1>(&m, fours..m.row_count, &x, token, &y, out_first);
+            let fours = all - all % 4;
+            products::<W, 4, 1>(&m, 0..fours, &x, token, &y, out_first, 0);
+            products::<W, 1, 1>(&m, fours..all, &x, token, &y, out_first, 0);
         }
-        1 => products::<W, 1, 1>(&m, 0..m.row_count, &x, token, &y, out_first),
-        2 => products::<W, 1, 2>(&m, 0..m.row_count, &x, token, &y, out_first),
-        3 => products::<W, 1, 3>(&m, 0..m.row_count, &x, token, &y, out_first),
+        1 => products::<W, 1, 1>(&m, 0..all, &x, token, &y, out_first, ahead),
+        2 => products::<W, 1, 2>(&m, 0..all, &x, token, &y, out_first, ahead),
+        3 => products::<W, 1, 3>(&m, 0..all, &x, token, &y, out_first, ahead),
         _ => {}
     }
 }
 
-/// Products of `rows`, `R` side by side, with `T` tokens from `token` on.
+/// Products of `rows`, `R` side by side, with `T` tokens from `token` on. Weights are requested `ahead` bytes before
+/// they are multiplied, unless that is 0.
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
 fn products<W: Wide, const R: usize, const T: usize>(
@@ -89,12 +96,11 @@ fn products<W: Wide, const R: usize, const T: usize>(
     token: usize,
     y: &Rows,
     out_first: usize,
+    ahead: usize,
 ) {
     let span = weights::<W>(m);
     let (weights, inputs) = (span.as_slice(), x.values.as_slice());
     let input = side_by_side::<f32, T>(&inputs[token * x.stride..], x.stride, m.in_dim);
-    // The first tokens bring the rows into the cache for the others.
-    let is_ahead = R > 1 && T > 1 && token == 0;
     // Zeroed once: what a block of fewer sums leaves alone is folded and not used.
     let mut sums = [_mm512_setzero_ps(); FOLDED];
     let mut first = rows.start;
@@ -102,10 +108,12 @@ fn products<W: Wide, const R: usize, const T: usize>(
         let end = rows.end.min(first + FOLDED / T / R * R);
         for row in (first..end).step_by(R) {
             let w = side_by_side::<W, R>(&weights[row * m.in_dim..], m.in_dim, m.in_dim);
-            let row_sums = dots::<W, R, T>(w, input, is_ahead);
+            let row_sums = dots::<W, R, T>(w, input, ahead);
+            // A constant if a block is all that is folded at once: the sums then stay in registers.
+            let base = if 2 * R * T > FOLDED { 0 } else { (row - first) * T };
             for r in 0..R {
                 for t in 0..T {
-                    sums[(row - first + r) * T + t] = row_sums[r][t];
+                    sums[base + r * T + t] = row_sums[r][t];
                 }
             }
         }
@@ -131,7 +139,7 @@ fn side_by_side<W, const N: usize>(values: &[W], stride: usize, len: usize) -> [
 }
 
 /// Sums of products of rows with inputs, all of one length; the upper half of the lanes is added to
-/// the lower. With `is_ahead`, as many bytes as it reads of `w` are requested ahead of them.
+/// the lower. As many bytes as it reads of `w` are requested `ahead` bytes after them, none if that is 0.
 ///
 /// In loops, not in closures: code for AVX-512 is not inlined into the functions that take those.
 #[inline]
@@ -139,24 +147,28 @@ fn side_by_side<W, const N: usize>(values: &[W], stride: usize, len: usize) -> [
 fn dots<W: Wide, const R: usize, const T: usize>(
     w: [&[W]; R],
     x: [&[f32]; T],
-    is_ahead: bool,
+    ahead: usize,
 ) -> [[__m512; T]; R] {
     let len = x[0].len();
+    assert!(w.iter().all(|w| w.len() == len) && x.iter().all(|x| x.len() == len));
     let whole = len - len % LANES;
     let mut sums = [[[_mm512_setzero_ps(); 2]; T]; R];
     let mut at = 0;
     while at < whole {
-        if is_ahead {
+        if ahead > 0 {
             let bytes = R * LANES * size_of::<W>();
-            let ahead = w[0].as_ptr().wrapping_add(at * R).wrapping_byte_add(PREFETCH_BYTES);
-            super::prefetch(ahead as u64, bytes as u64);
+            let address = w[0].as_ptr().wrapping_add(at * R).wrapping_byte_add(ahead);
+            super::prefetch(address as u64, bytes as u64);
         }
         let mut inputs = [[_mm512_setzero_ps(); 2]; T];
-        for t in 0..T {
-            inputs[t] = pair(x[t], at);
-        }
-        for r in 0..R {
-            add(&mut sums[r], pair(w[r], at), &inputs);
+        // SAFETY: all slices have `len` values, as asserted above: checks of each would take a tenth of the time.
+        unsafe {
+            for t in 0..T {
+                inputs[t] = pair(x[t], at);
+            }
+            for r in 0..R {
+                add(&mut sums[r], pair(w[r], at), &inputs);
+            }
         }
         at += LANES;
     }
@@ -190,12 +202,14 @@ fn add<const T: usize>(sums: &mut [[__m512; 2]; T], w: [__m512; 2], inputs: &[[_
 }
 
 /// Values `at..at + LANES`.
+///
+/// # Safety
+/// There are as many.
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-fn pair<W: Wide>(values: &[W], at: usize) -> [__m512; 2] {
-    let values = &values[at..at + LANES];
-    // SAFETY: as many values as are read.
-    unsafe { [W::vector(values.as_ptr()), W::vector(values.as_ptr().add(VECTOR))] }
+unsafe fn pair<W: Wide>(values: &[W], at: usize) -> [__m512; 2] {
+    // SAFETY: by the caller's word.
+    unsafe { [W::vector(values.as_ptr().add(at)), W::vector(values.as_ptr().add(at + VECTOR))] }
 }
 
 /// Fewer than `LANES` values, and zeros after them.
@@ -204,7 +218,8 @@ fn pair<W: Wide>(values: &[W], at: usize) -> [__m512; 2] {
 fn tail<W: Wide>(values: &[W]) -> [__m512; 2] {
     let mut padded = [W::default(); LANES];
     padded[..values.len()].copy_from_slice(values);
-    pair(&padded, 0)
+    // SAFETY: an array of `LANES` values.
+    unsafe { pair(&padded, 0) }
 }
 
 /// Stored values that AVX-512 widens.

@@ -75,7 +75,7 @@ struct Digits {
 }
 
 /// Weight bytes between those that are multiplied for one token and those that are requested.
-const PREFETCH_BYTES: usize = 4 << 10;
+const PREFETCH_BYTES: usize = 8 << 10;
 
 /// Memory of a block of input values, whatever they are.
 type Block = [u32; Q_COLUMNS];

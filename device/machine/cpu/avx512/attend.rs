@@ -88,7 +88,7 @@ fn score<const Q: usize>(query: [&[f32]; Q], keys: &[f32], scores: &mut [Weights
     let mut sums = [_mm512_setzero_ps(); FOLDED];
     for (first, keys) in (0..).step_by(batch).zip(keys.chunks(batch * dim)) {
         for (idx, key) in keys.chunks_exact(dim).enumerate() {
-            let [row] = dots::<f32, 1, Q>([key], query, false);
+            let [row] = dots::<f32, 1, Q>([key], query, 0);
             for q in 0..Q {
                 sums[idx * Q + q] = row[q];
             }

@@ -19,18 +19,18 @@ const WIDTH: usize = 32;
 /// Columns whose products go to the two sums of a row and a token.
 const COLUMNS: usize = 2 * WIDTH;
 /// Rows of a block.
-const ROWS: usize = 2;
+const ROWS: usize = 3;
 /// Tokens of a block.
 const TOKENS: usize = 4;
 
 /// See `cpu::matmul`; input rows are `InputForm::Packed`.
 #[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
 pub(super) fn matmul(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
-    let paired = m.row_count - m.row_count % ROWS;
+    let whole = m.row_count - m.row_count % ROWS;
     let mut token = 0;
     while token + TOKENS <= token_count {
-        products::<ROWS, TOKENS>(m, 0..paired, x, token, y, out_first);
-        products::<1, TOKENS>(m, paired..m.row_count, x, token, y, out_first);
+        products::<ROWS, TOKENS>(m, 0..whole, x, token, y, out_first);
+        products::<1, TOKENS>(m, whole..m.row_count, x, token, y, out_first);
         token += TOKENS;
     }
     while token < token_count {
@@ -85,10 +85,12 @@ fn products<const R: usize, const T: usize>(
 #[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
 fn dots<const R: usize, const T: usize>(w: &[&[u16]; R], x: &[&[u16]; T]) -> [[__m512; T]; R] {
     let len = x[0].len();
+    assert!(w.iter().all(|w| w.len() == len) && x.iter().all(|x| x.len() == len));
     let whole = len - len % COLUMNS;
     let mut sums = [[[_mm512_setzero_ps(); 2]; T]; R];
     for at in (0..whole).step_by(COLUMNS) {
-        add(&mut sums, w, x, at);
+        // SAFETY: all slices have `len` values, as asserted above.
+        unsafe { add(&mut sums, w, x, at) };
     }
     if whole < len {
         let (mut weights, mut inputs) = ([[0; COLUMNS]; R], [[0; COLUMNS]; T]);
@@ -105,7 +107,8 @@ fn dots<const R: usize, const T: usize>(w: &[&[u16]; R], x: &[&[u16]; T]) -> [[_
         for t in 0..T {
             tails.1[t] = &inputs[t];
         }
-        add(&mut sums, &tails.0, &tails.1, 0);
+        // SAFETY: arrays of `COLUMNS` values.
+        unsafe { add(&mut sums, &tails.0, &tails.1, 0) };
     }
     let mut totals = [[_mm512_setzero_ps(); T]; R];
     for r in 0..R {
@@ -117,9 +120,12 @@ fn dots<const R: usize, const T: usize>(w: &[&[u16]; R], x: &[&[u16]; T]) -> [[_
 }
 
 /// Adds the products of `COLUMNS` columns from `at` on.
+///
+/// # Safety
+/// All slices have as many.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn add<const R: usize, const T: usize>(
+unsafe fn add<const R: usize, const T: usize>(
     sums: &mut [[[__m512; 2]; T]; R],
     w: &[&[u16]; R],
     x: &[&[u16]; T],
@@ -127,12 +133,14 @@ fn add<const R: usize, const T: usize>(
 ) {
     for half in 0..2 {
         let at = at + half * WIDTH;
-        let mut inputs = [load(&x[0][at..at + WIDTH]); T];
+        // SAFETY: by the caller's word.
+        let load = |values: &[u16]| unsafe { load(values.as_ptr().add(at)) };
+        let mut inputs = [load(x[0]); T];
         for t in 1..T {
-            inputs[t] = load(&x[t][at..at + WIDTH]);
+            inputs[t] = load(x[t]);
         }
         for r in 0..R {
-            let weights = load(&w[r][at..at + WIDTH]);
+            let weights = load(w[r]);
             for t in 0..T {
                 sums[r][t][half] = _mm512_dpbf16_ps(sums[r][t][half], weights, inputs[t]);
             }
@@ -140,11 +148,13 @@ fn add<const R: usize, const T: usize>(
     }
 }
 
-/// 32 values.
+/// The 32 values at an address.
+///
+/// # Safety
+/// They can be read.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn load(values: &[u16]) -> __m512bh {
-    let values = &values[..WIDTH];
-    // SAFETY: 64 bytes, which are 32 values.
-    unsafe { transmute(_mm512_loadu_si512(values.as_ptr().cast())) }
+unsafe fn load(values: *const u16) -> __m512bh {
+    // SAFETY: by the caller's word.
+    unsafe { transmute(_mm512_loadu_si512(values.cast())) }
 }

@@ -67,6 +67,9 @@ pub(super) fn integers<const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
     let mut totals = [_mm512_setzero_ps(); T];
     for idx in 0..x[0].len() {
         let block = &strip[idx * block_bytes..][..block_bytes];
+        if T == 1 {
+            super::request(block);
+        }
         let mut sums = [[_mm512_set1_epi32(0); DIGITS]; T];
         for t in 0..T {
             for digit in 0..DIGITS {
@@ -139,6 +142,9 @@ pub(super) fn floats<const T: usize>(strip: &[u8], x: [&[f32]; T]) -> [[f32; ROW
         let mut sums = [[_mm512_setzero_ps(); 4]; T];
         // A multiple of 8, as `in_dim` is.
         for column in (0..count).step_by(4) {
+            if T == 1 {
+                super::request(&block[column * ROWS..][..4 * ROWS]);
+            }
             for part in 0..4 {
                 let weights = e4m3(&block[(column + part) * ROWS..][..ROWS]);
                 for t in 0..T {
