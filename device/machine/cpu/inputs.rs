@@ -59,23 +59,52 @@ impl InputForm {
         match self {
             // Tiles are made of several rows.
             InputForm::Float | InputForm::Tiles => {}
-            InputForm::Rounded => {
-                for column in 0..from.len() {
-                    let bits = u32::from(bf16_bits(from.read(column))) << 16;
-                    to.write(column, f32::from_bits(bits));
-                }
-            }
-            InputForm::Packed => {
-                // SAFETY: half of the row's bytes, all this worker's own, and any bytes are words.
-                let packed = unsafe { Span::<u16>::new(to.address(), from.len()) };
-                // In order: a value is read before its place is written to.
-                for column in 0..from.len() {
-                    packed.write(column, bf16_bits(from.read(column)));
-                }
-            }
+            InputForm::Rounded => super::round(isa, from, to),
+            InputForm::Packed => super::pack(isa, from, to),
             InputForm::Integers { format, bits } => blocks::split(isa, format, bits, from, to),
         }
     }
+}
+
+/// Values that are converted at once. In loops, not in closures: these have no instruction set of their own.
+const CHUNK: usize = 32;
+
+/// Writes the values of a row, rounded to bf16, over `to`, which may be the same memory.
+#[inline(always)]
+pub(super) fn round(from: Span<f32>, to: Span<f32>) {
+    for first in (0..from.len()).step_by(CHUNK) {
+        let count = CHUNK.min(from.len() - first);
+        let mut values = chunk(from, first, count);
+        for value in &mut values {
+            *value = f32::from_bits(u32::from(bf16_bits(*value)) << 16);
+        }
+        to.sub(first, count).as_mut_slice().copy_from_slice(&values[..count]);
+    }
+}
+
+/// Writes the values of a row, as bf16, to the begin of `to`, which may be the same memory.
+#[inline(always)]
+pub(super) fn pack(from: Span<f32>, to: Span<f32>) {
+    // SAFETY: half of the row's bytes, all this worker's own, and any bytes are words.
+    let packed = unsafe { Span::<u16>::new(to.address(), from.len()) };
+    for first in (0..from.len()).step_by(CHUNK) {
+        let count = CHUNK.min(from.len() - first);
+        // Read before their place is written to, which ends before the next values begin.
+        let values = chunk(from, first, count);
+        let mut bits = [0; CHUNK];
+        for (bits, value) in bits.iter_mut().zip(values) {
+            *bits = bf16_bits(value);
+        }
+        packed.sub(first, count).as_mut_slice().copy_from_slice(&bits[..count]);
+    }
+}
+
+/// The values `first..first + count` of a row, and zeros after them.
+#[inline(always)]
+fn chunk(from: Span<f32>, first: usize, count: usize) -> [f32; CHUNK] {
+    let mut values = [0.0; CHUNK];
+    values[..count].copy_from_slice(from.sub(first, count).as_slice());
+    values
 }
 
 /// The bf16 value nearest to a value, halves to even; a NaN stays one.

@@ -357,6 +357,25 @@ pub(super) fn add_rest(out: &mut [f32], first: usize, keep: f32, weights: &[f32]
 }
 
 #[inline(always)]
+pub(super) fn merge(splits: &[f32], stride: usize, out: &mut [f32]) {
+    let dim = out.len();
+    let mut largest = f32::NEG_INFINITY;
+    for split in splits.chunks(stride) {
+        largest = largest.max(split[dim]);
+    }
+    out.fill(0.0);
+    let mut total = 0.0;
+    for split in splits.chunks(stride) {
+        let weight = exp(split[dim] - largest);
+        total += weight * split[dim + 1];
+        add_scaled(out, &split[..dim], weight);
+    }
+    for value in out {
+        *value /= total;
+    }
+}
+
+#[inline(always)]
 pub(super) fn add_scaled(out: &mut [f32], x: &[f32], scale: f32) {
     for (out, x) in out.iter_mut().zip(x) {
         *out = x.mul_add(scale, *out);

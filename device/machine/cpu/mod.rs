@@ -19,6 +19,7 @@ mod lanes;
 pub mod thread;
 
 use super::Rows;
+use super::memory::Span;
 pub use inputs::InputForm;
 use tilert_mk_shared::task::WeightFormat;
 
@@ -156,6 +157,19 @@ primitive! {
     ) = lanes::attend, lanes::attend, avx512::attend::attend
 }
 primitive! {
+    /// What splits of one query are together: rows of `out.len()` weighted values, their largest score and their
+    /// sum of weights, `stride` apart.
+    merge(splits: &[f32], stride: usize, out: &mut [f32]) = lanes::merge
+}
+primitive! {
+    /// `to = from` rounded to bf16; may be the same memory.
+    round(from: Span<f32>, to: Span<f32>) = inputs::round
+}
+primitive! {
+    /// The same, in half of the memory.
+    pack(from: Span<f32>, to: Span<f32>) = inputs::pack
+}
+primitive! {
     /// `out += x * scale`.
     add_scaled(out: &mut [f32], x: &[f32], scale: f32) = lanes::add_scaled
 }
@@ -166,6 +180,18 @@ primitive! {
 primitive! {
     /// `e^x`, within 2 units in the last place; 0 below -87.
     exp(x: f32) -> f32 = lanes::exp
+}
+
+/// Requests a row that is about to be written, so that no other core has it any more; a hint.
+fn expect(row: Span<f32>) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..row.len() * size_of::<f32>()).step_by(64) {
+        let pointer = (row.address() as *const i8).wrapping_add(line);
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(pointer) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
 }
 
 /// Requests `bytes` at `address` into the cache; a hint that may name any address.

@@ -191,9 +191,11 @@ impl Machine for Thread {
         }
     }
 
-    /// The caches have it by the time.
-    #[inline(always)]
-    fn expect(&self, _finish: &Finish, _out: impl Fn(usize) -> Span<f32>) {}
+    fn expect(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
+        for token in 0..finish.count {
+            super::expect(out(token));
+        }
+    }
 
     fn store(
         &self,
@@ -232,25 +234,10 @@ impl Machine for Thread {
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
         let (dim, stride) = (dims.kv.head_dim as usize, dims.split_values() as usize);
         for head_idx in 0..dims.head_count as usize {
-            let first = head_idx * SPLIT_ROWS as usize;
-            let split = |idx: usize| splits.sub((first + idx) * stride, dim + 2);
-            let mut largest = f32::NEG_INFINITY;
-            for idx in 0..split_count {
-                largest = largest.max(split(idx).read(dim));
-            }
+            let first = head_idx * SPLIT_ROWS as usize * stride;
+            let splits = splits.sub(first, (split_count - 1) * stride + dim + 2);
             let out = out.values.sub(row * out.stride + head_idx * dim, dim);
-            let out = out.as_mut_slice();
-            out.fill(0.0);
-            let mut total = 0.0;
-            for idx in 0..split_count {
-                let part = split(idx);
-                let weight = self.exp(part.read(dim) - largest);
-                total += weight * part.read(dim + 1);
-                super::add_scaled(self.isa, out, part.sub(0, dim).as_slice(), weight);
-            }
-            for value in out {
-                *value /= total;
-            }
+            super::merge(self.isa, splits.as_slice(), stride, out.as_mut_slice());
         }
     }
 
