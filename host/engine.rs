@@ -3,6 +3,7 @@
 mod bind;
 mod empty;
 mod mailbox;
+mod pace;
 mod pack;
 mod request;
 mod summary;
@@ -33,14 +34,13 @@ pub use self::request::{
 };
 
 use self::bind::{bind, bytes_of, bytes_of_mut, format_of, load, open_checkpoint, read_config};
+use self::pace::Pace;
 use crate::driver::{Device, Profile};
 use crate::error::{Error, Result};
 use crate::load::DummyWeights;
 
 /// Positions kept for a sequence unless asked otherwise.
 const CONTEXT_DEFAULT: u32 = 4096;
-/// How long a host that may not spin sleeps between looks at the mailbox.
-const POLL_SLEEP: Duration = Duration::from_micros(100);
 /// Looks at the mailbox between two looks at the device and the caller's wishes, when spinning.
 const LOOKS_PER_CHECK: u32 = 4096;
 /// How long a device may take from its launch to its first sign of life.
@@ -55,6 +55,7 @@ pub struct Engine {
     logits: Vec<f32>,
     /// Looks at the mailbox since its last output.
     empty_looks: u32,
+    pace: Pace,
     clock: Instant,
     /// What to add to the device's clock to get the engine's.
     clock_offset_ns: u64,
@@ -177,6 +178,7 @@ impl Engine {
             is_busy: vec![false; slots as usize],
             logits: vec![0.0; program.dims.vocab_size as usize],
             empty_looks: 0,
+            pace: Pace::new(),
             clock: Instant::now(),
             clock_offset_ns: 0,
             device,
@@ -294,6 +296,7 @@ impl Engine {
             sampling: request.sampling,
         };
         self.write_prompt(slot, request.prompt);
+        self.pace = Pace::new();
         self.command(CommandKind::Start, slot, params);
         self.is_busy[slot as usize] = true;
         Ok(slot)
@@ -323,6 +326,9 @@ impl Engine {
             }
             return Ok(false);
         };
+        if self.empty_looks > 0 {
+            self.pace.note_news();
+        }
         self.empty_looks = 0;
         let (slot, position) = (output.slot, output.position);
         let event = match OutputKind::from_raw(output.kind) {
@@ -402,12 +408,12 @@ impl Engine {
         Ok(answer)
     }
 
-    /// Lets time pass between looks at the mailbox; true when the caller should be asked.
-    fn rest(&self) -> bool {
+    /// Lets time pass after a look at the mailbox that found nothing; true when the caller should be asked.
+    pub fn rest(&self) -> bool {
         if self.device.profile().host_spins {
             std::hint::spin_loop();
         } else {
-            std::thread::sleep(POLL_SLEEP);
+            std::thread::sleep(self.pace.sleep());
         }
         self.is_check_due()
     }

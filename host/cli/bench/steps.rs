@@ -4,8 +4,6 @@
 //! after the other, so the first sequences are some tokens ahead when the last one begins. Timed
 //! are the steps after that, in which each sequence gets one token.
 
-use std::time::Duration;
-
 use clap::Args;
 use serde::Serialize;
 use tilert_mk_shared::limits::DECODE_TOKENS_MAX;
@@ -17,9 +15,6 @@ use crate::cli::ModelArgs;
 use crate::engine::{Engine, EngineOptions, Event, Request};
 use crate::error::{Error, Result};
 use crate::metrics::{TpotUs, intervals_ns, tpot};
-
-/// How long the host sleeps when there is no news.
-const POLL_SLEEP: Duration = Duration::from_micros(100);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -133,7 +128,7 @@ fn measure(engine: &mut Engine, prompt: &[u32], width: u32, token_count: u32) ->
             slots.iter().for_each(|slot| engine.cancel(*slot));
         }
         if !is_news {
-            std::thread::sleep(POLL_SLEEP);
+            engine.rest();
         }
     }
     // The sequence that began last: since then every step has been one token of each.
