@@ -173,19 +173,19 @@ pub(super) fn matmul(isa: Isa, m: Matrix, x: Rows, token_count: usize, y: Rows) 
     // SAFETY: a linear task names weights that the host has bound and keeps until the workers end.
     let bytes = unsafe { Span::<u8>::new(m.address, byte_count) };
     let isa = BlockIsa::of(isa, m.format);
-    for (idx, strip) in bytes.as_slice().chunks_exact(strip_bytes).enumerate() {
-        let strip = Strip { isa, inputs: m.inputs, in_dim: m.in_dim, bytes: strip };
-        let first = idx * ROWS;
+    let pair_bytes = 2 * strip_bytes;
+    for (idx, bytes) in bytes.as_slice().chunks(pair_bytes).enumerate() {
+        let first = 2 * idx * ROWS;
         let out = Rows { values: y.values.sub(first, y.values.len() - first), stride: y.stride };
-        let len = ROWS.min(m.row_count - first);
-        let mut token = 0;
-        while token + 4 <= token_count {
-            strip.multiply::<4>(&x, token, &out, len);
-            token += 4;
-        }
-        while token < token_count {
-            strip.multiply::<1>(&x, token, &out, len);
-            token += 1;
+        let len = m.row_count - first;
+        let (low, high) = bytes.split_at(strip_bytes);
+        let (inputs, in_dim) = (m.inputs, m.in_dim);
+        if high.is_empty() {
+            let strip = Strips { isa, inputs, in_dim, bytes: [low] };
+            strip.multiply_all(&x, token_count, &out, len);
+        } else {
+            let pair = Strips { isa, inputs, in_dim, bytes: [low, high] };
+            pair.multiply_all(&x, token_count, &out, len);
         }
     }
 }
@@ -216,15 +216,34 @@ impl BlockIsa {
     }
 }
 
-/// A strip of rows.
-struct Strip<'a> {
+/// Strips of rows.
+struct Strips<'a, const S: usize> {
     isa: BlockIsa,
     inputs: InputForm,
     in_dim: usize,
-    bytes: &'a [u8],
+    bytes: [&'a [u8]; S],
 }
 
-impl Strip<'_> {
+impl<const S: usize> Strips<'_, S> {
+    /// Products with all tokens, the first `len` of them to each row of `out`.
+    fn multiply_all(&self, x: &Rows, token_count: usize, out: &Rows, len: usize) {
+        let mut token = 0;
+        while token + 4 <= token_count {
+            self.multiply::<4>(x, token, out, len);
+            token += 4;
+        }
+        // Strip by strip, so that weights are one stream.
+        for (idx, bytes) in self.bytes.into_iter().enumerate() {
+            let strip =
+                Strips { isa: self.isa, inputs: self.inputs, in_dim: self.in_dim, bytes: [bytes] };
+            let first = idx * ROWS;
+            let out = Rows { values: out.values.sub(first, out.values.len() - first), ..*out };
+            for token in token..token_count {
+                strip.multiply::<1>(x, token, &out, len - first);
+            }
+        }
+    }
+
     /// Products with `T` tokens, the first `len` of them to each row of `out`.
     #[inline]
     fn multiply<const T: usize>(&self, x: &Rows, token: usize, out: &Rows, len: usize) {
@@ -241,9 +260,12 @@ impl Strip<'_> {
             InputForm::Integers { .. } => self.integer_products::<T, false, false>(x, token),
             _ => self.float_products::<T>(x, token),
         };
-        for (t, products) in products.iter().enumerate() {
-            let row = out.values.sub((token + t) * out.stride, len);
-            row.as_mut_slice().copy_from_slice(&products[..len]);
+        for (first, products) in (0..).step_by(ROWS).zip(products) {
+            let len = ROWS.min(len - first);
+            for (t, products) in products.iter().enumerate() {
+                let row = out.values.sub((token + t) * out.stride + first, len);
+                row.as_mut_slice().copy_from_slice(&products[..len]);
+            }
         }
     }
 
@@ -252,25 +274,28 @@ impl Strip<'_> {
         &self,
         x: &Rows,
         token: usize,
-    ) -> [[f32; ROWS]; T] {
+    ) -> [[[f32; ROWS]; T]; S] {
         match self.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `BlockIsa::of` has found the instructions; `split` has left its digits.
             BlockIsa::Avx512 => unsafe {
-                avx512::integers::<T, IS_Q8, IS_EXACT>(self.bytes, self.input_blocks(x, token))
+                let inputs = self.input_blocks(x, token);
+                avx512::integers::<S, T, IS_Q8, IS_EXACT>(self.bytes, inputs)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 if IS_Q8 => unsafe {
-                avx2::halves::<T, IS_EXACT>(self.bytes, self.input_blocks(x, token))
-            },
+            BlockIsa::Avx2 if IS_Q8 => self.bytes.map(|bytes| unsafe {
+                avx2::halves::<T, IS_EXACT>(bytes, self.input_blocks(x, token))
+            }),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 => unsafe {
-                avx2::digits::<T, IS_EXACT>(self.bytes, self.input_blocks(x, token))
-            },
+            BlockIsa::Avx2 => self.bytes.map(|bytes| unsafe {
+                avx2::digits::<T, IS_EXACT>(bytes, self.input_blocks(x, token))
+            }),
             // SAFETY: `split` has left them.
-            _ => portable::integers::<T, IS_Q8>(self.bytes, unsafe { self.input_blocks(x, token) }),
+            _ => self.bytes.map(|bytes| unsafe {
+                portable::integers::<T, IS_Q8>(bytes, self.input_blocks(x, token))
+            }),
         }
     }
 
@@ -289,20 +314,20 @@ impl Strip<'_> {
         inputs
     }
 
-    fn float_products<const T: usize>(&self, x: &Rows, token: usize) -> [[f32; ROWS]; T] {
+    fn float_products<const T: usize>(&self, x: &Rows, token: usize) -> [[[f32; ROWS]; T]; S] {
         let mut inputs: [&[f32]; T] = [&[]; T];
         let values = x.values.as_slice();
         for (t, input) in inputs.iter_mut().enumerate() {
             *input = &values[(token + t) * x.stride..][..self.in_dim];
         }
-        match self.isa {
+        self.bytes.map(|bytes| match self.isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `BlockIsa::of` has found the instructions.
-            BlockIsa::Avx512 => unsafe { avx512::floats(self.bytes, inputs) },
+            BlockIsa::Avx512 => unsafe { avx512::floats(bytes, inputs) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            BlockIsa::Avx2 => unsafe { avx2::floats(self.bytes, inputs) },
-            _ => portable::floats(self.bytes, inputs),
-        }
+            BlockIsa::Avx2 => unsafe { avx2::floats(bytes, inputs) },
+            _ => portable::floats(bytes, inputs),
+        })
     }
 }

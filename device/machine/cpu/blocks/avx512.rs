@@ -56,52 +56,82 @@ pub(super) fn split(values: &[f32; Q_COLUMNS], offset: i32, bits: u32) -> Digits
     split
 }
 
-/// See `portable::integers`.
+/// See `portable::integers`; strips side by side share the loads of inputs.
 #[target_feature(enable = "avx512f,avx512vnni,f16c")]
-pub(super) fn integers<const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
-    strip: &[u8],
+pub(super) fn integers<const S: usize, const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
+    strips: [&[u8]; S],
     x: [&[Digits]; T],
-) -> [[f32; ROWS]; T] {
-    let code_bytes = q_code_bytes::<IS_Q8>();
-    let block_bytes = code_bytes + Q_SCALE_BYTES;
-    let mut totals = [_mm512_setzero_ps(); T];
+) -> [[[f32; ROWS]; T]; S] {
+    let block_bytes = q_code_bytes::<IS_Q8>() + Q_SCALE_BYTES;
+    let mut totals = [[_mm512_setzero_ps(); T]; S];
     for idx in 0..x[0].len() {
-        let block = &strip[idx * block_bytes..][..block_bytes];
-        if T == 1 {
-            super::request(block);
+        let mut blocks = [&strips[0][..0]; S];
+        for s in 0..S {
+            blocks[s] = &strips[s][idx * block_bytes..][..block_bytes];
         }
-        let mut sums = [[_mm512_set1_epi32(0); DIGITS]; T];
+        let mut inputs = [&x[0][idx]; T];
+        for t in 0..T {
+            inputs[t] = &x[t][idx];
+        }
+        if T == 1 {
+            super::request(blocks[0]);
+        }
+        add_block::<S, T, IS_Q8, IS_EXACT>(&mut totals, &blocks, &inputs);
+    }
+    let mut products = [[[0.0; ROWS]; T]; S];
+    for s in 0..S {
+        products[s] = store(&totals[s]);
+    }
+    products
+}
+
+/// Adds the products of a block of columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni,f16c")]
+fn add_block<const S: usize, const T: usize, const IS_Q8: bool, const IS_EXACT: bool>(
+    totals: &mut [[__m512; T]; S],
+    blocks: &[&[u8]; S],
+    inputs: &[&Digits; T],
+) {
+    let mut sums = [[[_mm512_set1_epi32(0); DIGITS]; T]; S];
+    for s in 0..S {
         for t in 0..T {
             for digit in 0..DIGITS {
-                sums[t][digit] = _mm512_set1_epi32(x[t][idx].start[digit]);
+                sums[s][t][digit] = _mm512_set1_epi32(inputs[t].start[digit]);
             }
         }
-        for vector in 0..VECTORS {
-            let codes = codes::<IS_Q8>(block, vector);
-            for t in 0..T {
-                // The highest is zero in integers of 16 bits.
-                for digit in 0..if IS_EXACT { DIGITS } else { DIGITS - 1 } {
-                    let input = quad(&x[t][idx].digits[digit], vector);
-                    sums[t][digit] = _mm512_dpbusd_epi32(sums[t][digit], codes, input);
+    }
+    for vector in 0..VECTORS {
+        let mut stored = [_mm512_set1_epi32(0); S];
+        for s in 0..S {
+            stored[s] = codes::<IS_Q8>(blocks[s], vector);
+        }
+        for t in 0..T {
+            // The highest is zero in integers of 16 bits.
+            for digit in 0..if IS_EXACT { DIGITS } else { DIGITS - 1 } {
+                let input = quad(&inputs[t].digits[digit], vector);
+                for s in 0..S {
+                    sums[s][t][digit] = _mm512_dpbusd_epi32(sums[s][t][digit], stored[s], input);
                 }
             }
         }
-        // SAFETY: the scales' 32 bytes are the block's last.
-        let scales = unsafe { _mm256_loadu_si256(block[code_bytes..].as_ptr().cast()) };
-        let scales = _mm512_cvtph_ps(scales);
+    }
+    for s in 0..S {
+        let scales = &blocks[s][q_code_bytes::<IS_Q8>()..][..Q_SCALE_BYTES];
+        // SAFETY: 32 bytes.
+        let scales = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())) };
         for t in 0..T {
-            let [low, middle, high] = sums[t];
+            let [low, middle, high] = sums[s][t];
             // Both parts are exact in f32, so their sum is rounded once.
             let low = _mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low);
             let high = _mm512_add_epi32(high, _mm512_srai_epi32::<16>(low));
             let low = _mm512_and_si512(low, _mm512_set1_epi32(0xffff));
             let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
             let sum = _mm512_fmadd_ps(high, _mm512_set1_ps(UPPER), low);
-            let scales = _mm512_mul_ps(scales, _mm512_set1_ps(x[t][idx].scale));
-            totals[t] = _mm512_fmadd_ps(sum, scales, totals[t]);
+            let scales = _mm512_mul_ps(scales, _mm512_set1_ps(inputs[t].scale));
+            totals[s][t] = _mm512_fmadd_ps(sum, scales, totals[s][t]);
         }
     }
-    store(&totals)
 }
 
 /// A vector of a block's codes, each in a byte.
