@@ -160,25 +160,26 @@ fn dots<W: Wide, const R: usize, const T: usize>(
             let address = w[0].as_ptr().wrapping_add(at * R).wrapping_byte_add(ahead);
             super::prefetch(address as u64, bytes as u64);
         }
-        let mut inputs = [[_mm512_setzero_ps(); 2]; T];
-        // SAFETY: all slices have `len` values, as asserted above: checks of each would take a tenth of the time.
-        unsafe {
-            for t in 0..T {
-                inputs[t] = pair(x[t], at);
-            }
-            for r in 0..R {
-                add(&mut sums[r], pair(w[r], at), &inputs);
-            }
+        for half in 0..2 {
+            // SAFETY: all slices have `len` values, as asserted above: checks of each would take a tenth of the time.
+            unsafe { add(&mut sums, half, &w, &x, at + half * VECTOR) };
         }
         at += LANES;
     }
     if whole < len {
-        let mut inputs = [[_mm512_setzero_ps(); 2]; T];
-        for t in 0..T {
-            inputs[t] = tail(&x[t][whole..]);
+        let (mut weights, mut inputs) = ([[W::default(); LANES]; R], [[0.0; LANES]; T]);
+        let mut tails: ([&[W]; R], [&[f32]; T]) = ([&[]; R], [&[]; T]);
+        for (r, padded) in weights.iter_mut().enumerate() {
+            padded[..len - whole].copy_from_slice(&w[r][whole..]);
+            tails.0[r] = padded;
         }
-        for r in 0..R {
-            add(&mut sums[r], tail(&w[r][whole..]), &inputs);
+        for (t, padded) in inputs.iter_mut().enumerate() {
+            padded[..len - whole].copy_from_slice(&x[t][whole..]);
+            tails.1[t] = padded;
+        }
+        for half in 0..2 {
+            // SAFETY: arrays of `LANES` values.
+            unsafe { add(&mut sums, half, &tails.0, &tails.1, half * VECTOR) };
         }
     }
     let mut folded = [[_mm512_setzero_ps(); T]; R];
@@ -190,36 +191,33 @@ fn dots<W: Wide, const R: usize, const T: usize>(
     folded
 }
 
-/// Adds the products of one row's values with those of each input.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn add<const T: usize>(sums: &mut [[__m512; 2]; T], w: [__m512; 2], inputs: &[[__m512; 2]; T]) {
-    for t in 0..T {
-        for half in 0..2 {
-            sums[t][half] = _mm512_fmadd_ps(w[half], inputs[t][half], sums[t][half]);
-        }
-    }
-}
-
-/// Values `at..at + LANES`.
+/// Adds the products of the vectors from value `at` on to one of the two sums of each row and input. One after the
+/// other: vectors of both halves and the sums of a block are more than there are registers.
 ///
 /// # Safety
-/// There are as many.
+/// There are as many values.
 #[inline]
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-unsafe fn pair<W: Wide>(values: &[W], at: usize) -> [__m512; 2] {
+unsafe fn add<W: Wide, const R: usize, const T: usize>(
+    sums: &mut [[[__m512; 2]; T]; R],
+    half: usize,
+    w: &[&[W]; R],
+    x: &[&[f32]; T],
+    at: usize,
+) {
     // SAFETY: by the caller's word.
-    unsafe { [W::vector(values.as_ptr().add(at)), W::vector(values.as_ptr().add(at + VECTOR))] }
-}
-
-/// Fewer than `LANES` values, and zeros after them.
-#[inline]
-#[target_feature(enable = "avx512f,avx2,fma,f16c")]
-fn tail<W: Wide>(values: &[W]) -> [__m512; 2] {
-    let mut padded = [W::default(); LANES];
-    padded[..values.len()].copy_from_slice(values);
-    // SAFETY: an array of `LANES` values.
-    unsafe { pair(&padded, 0) }
+    unsafe {
+        let mut inputs = [_mm512_setzero_ps(); T];
+        for t in 0..T {
+            inputs[t] = f32::vector(x[t].as_ptr().add(at));
+        }
+        for r in 0..R {
+            let weights = W::vector(w[r].as_ptr().add(at));
+            for t in 0..T {
+                sums[r][t][half] = _mm512_fmadd_ps(weights, inputs[t], sums[r][t][half]);
+            }
+        }
+    }
 }
 
 /// Stored values that AVX-512 widens.
