@@ -184,24 +184,28 @@ primitive! {
 
 /// Requests a row that is about to be written, so that no other core has it any more; a hint.
 fn expect(row: Span<f32>) {
+    let bytes = (row.len() * size_of::<f32>()) as u64;
     #[cfg(target_arch = "x86_64")]
-    for line in (0..row.len() * size_of::<f32>()).step_by(64) {
-        let pointer = (row.address() as *const i8).wrapping_add(line);
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(pointer) };
-    }
+    request::<{ std::arch::x86_64::_MM_HINT_ET0 }>(row.address(), bytes);
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = row;
+    let _ = bytes;
 }
 
-/// Requests `bytes` at `address` into the cache; a hint that may name any address.
+/// Requests `bytes` at `address` into the second-level cache; a hint that may name any address.
 pub fn prefetch(address: u64, bytes: u64) {
     #[cfg(target_arch = "x86_64")]
+    request::<{ std::arch::x86_64::_MM_HINT_T1 }>(address, bytes);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (address, bytes);
+}
+
+/// Requests the lines of `bytes` at `address`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn request<const HINT: i32>(address: u64, bytes: u64) {
     for line in (0..bytes).step_by(64) {
         let pointer = (address as *const i8).wrapping_add(line as usize);
         // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(pointer) };
+        unsafe { std::arch::x86_64::_mm_prefetch::<HINT>(pointer) };
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (address, bytes);
 }

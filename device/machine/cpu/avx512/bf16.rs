@@ -4,14 +4,15 @@
 //! of chips that have them; they depend on neither the task nor the other tokens.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_setzero_ps,
+    __m512, __m512bh, _MM_HINT_T0, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
+    _mm512_setzero_ps,
 };
 use std::mem::transmute;
 use std::ops::Range;
 
 use super::{FOLDED, fold};
 use crate::machine::Rows;
-use crate::machine::cpu::Matrix;
+use crate::machine::cpu::{Matrix, request};
 use crate::machine::memory::Span;
 
 /// Values of a vector.
@@ -23,30 +24,57 @@ const ROWS: usize = 3;
 /// Tokens of a block.
 const TOKENS: usize = 4;
 
+/// Columns up to which the next tile of a stage is requested while one is multiplied with many tokens: beside the
+/// inputs of longer rows there is no room for it in the second-level cache.
+const NEXT_COLUMNS_MAX: usize = 1024;
+/// Groups of tokens among which the request is shared, at least.
+const NEXT_GROUPS_MIN: usize = 8;
+
 /// See `cpu::matmul`; input rows are `InputForm::Packed`.
 #[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
 pub(super) fn matmul(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
     let whole = m.row_count - m.row_count % ROWS;
+    let share = next_share(m, token_count / TOKENS);
     let mut token = 0;
     while token + TOKENS <= token_count {
-        products::<ROWS, TOKENS>(m, 0..whole, x, token, y, out_first);
-        products::<1, TOKENS>(m, whole..m.row_count, x, token, y, out_first);
+        products::<ROWS, TOKENS>(m, 0..whole, x, [token, share], y, out_first);
+        products::<1, TOKENS>(m, whole..m.row_count, x, [token, 0], y, out_first);
         token += TOKENS;
     }
     while token < token_count {
-        products::<1, 1>(m, 0..m.row_count, x, token, y, out_first);
+        products::<1, 1>(m, 0..m.row_count, x, [token, 0], y, out_first);
         token += 1;
     }
 }
 
-/// Products of `rows`, `R` side by side, with `T` tokens from `token` on.
+/// Bytes of the worker's next tile that are requested for each row that is multiplied with one of `groups` groups
+/// of tokens; 0 if none are.
+fn next_share(m: &Matrix, groups: usize) -> usize {
+    if groups < NEXT_GROUPS_MIN || m.in_dim > NEXT_COLUMNS_MAX {
+        return 0;
+    }
+    m.in_dim * size_of::<u16>() / groups
+}
+
+/// Requests such shares for `rows` and a group of tokens. The next tile is what follows the matrix in memory, unless
+/// the stage ends.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn request_next(m: &Matrix, rows: Range<usize>, group: usize, share: usize) {
+    let end = m.address + (m.row_count * m.in_dim * size_of::<u16>()) as u64;
+    let at = |row: usize| ((group * m.row_count + row) * share) as u64 & !63;
+    let (first, last) = (at(rows.start), at(rows.end));
+    request::<_MM_HINT_T0>(end + first, last - first);
+}
+
+/// Products of `rows`, `R` side by side, with `T` tokens from `token` on; `share` as in `request_next`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16,avx2,fma,f16c")]
 fn products<const R: usize, const T: usize>(
     m: &Matrix,
     rows: Range<usize>,
     x: &Rows,
-    token: usize,
+    [token, share]: [usize; 2],
     y: &Rows,
     out_first: usize,
 ) {
@@ -63,6 +91,9 @@ fn products<const R: usize, const T: usize>(
         let mut w: [&[u16]; R] = [&[]; R];
         for r in 0..R {
             w[r] = &weights.as_slice()[(row + r) * m.in_dim..][..m.in_dim];
+        }
+        if share > 0 {
+            request_next(m, row..row + R, token / T, share);
         }
         let found = dots::<R, T>(&w, &inputs);
         for r in 0..R {
