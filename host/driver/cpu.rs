@@ -171,3 +171,61 @@ impl Device for CpuDevice {
         Some(self.machine.clock.elapsed().as_nanos() as u64)
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use tilert_mk_shared::kv::KvGeometry;
+    use tilert_mk_shared::program::Dims;
+
+    /// Resident bytes of the mappings that have a part between two addresses.
+    fn resident(first: u64, end: u64) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("Linux tells");
+        let (mut is_within, mut bytes) = (false, 0);
+        for line in maps.lines() {
+            let word = line.split_whitespace().next().unwrap_or_default();
+            let range = word
+                .split_once('-')
+                .map(|(a, b)| (u64::from_str_radix(a, 16).ok(), u64::from_str_radix(b, 16).ok()));
+            if let Some((Some(from), Some(to))) = range {
+                is_within = from < end && to > first;
+            } else if is_within && word == "Rss:" {
+                let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+                bytes += kib.expect("a number of KiB") << 10;
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_cache_takes_memory_where_it_is_used() {
+        let kv = KvGeometry {
+            layer_count: 4,
+            slot_count: 2,
+            kv_head_count: 4,
+            context_max: 32_768,
+            head_dim: 64,
+        };
+        let dims = Dims { head_count: 4, step_tokens_max: 1, kv, ..Dims::default() };
+        let plan = HeapPlan::new(&dims, 1, 1, 1);
+        let mut device = CpuDevice::new(false);
+        let heap = device.reserve_heap(&plan).expect("an anonymous mapping");
+        // The first position of every head of one sequence, but those that share a huge page with the rest.
+        let mut written = 0;
+        for (layer_idx, head_idx) in (1..4).flat_map(|layer| (0..4).map(move |head| (layer, head)))
+        {
+            for plane in 0..2 {
+                let idx = kv.key_idx(layer_idx, 0, head_idx) + plane * kv.plane_values();
+                device.write(heap + plan.kv + idx * 4, &[1; 256]).expect("it is there");
+                written += 1;
+            }
+        }
+        let first = heap + plan.kv.next_multiple_of(HUGE_PAGE_BYTES);
+        let found = resident(first & !4095, (heap + plan.total_bytes).next_multiple_of(4096));
+        // Small pages may have 64 KiB; a plane has 8 MiB.
+        assert!(
+            (written..=written * 2 * 65536).contains(&found),
+            "{found} bytes for {written} rows"
+        );
+    }
+}
