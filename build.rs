@@ -7,8 +7,12 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Chips that PTX is made for, and the `cfg` of each; the driver carries it on to later ones.
-const TARGETS: [(&str, &str); 2] = [("sm_80", ""), ("sm_90", "--cfg tilert_sm90")];
+/// PTX that is made: its name, the chip, which the driver carries on to later ones, and its `cfg`s.
+const TARGETS: [(&str, &str, &str); 3] = [
+    ("sm_80", "sm_80", ""),
+    ("sm_90", "sm_90", "--cfg tilert_sm90"),
+    ("sm_90_peers", "sm_90", "--cfg tilert_sm90 --cfg tilert_peers"),
+];
 /// Threads of a block, for the assembler: `BLOCK_THREADS` of `shared/tile.rs`.
 const BLOCK_THREADS: u32 = 288;
 /// Name of the kernel.
@@ -55,7 +59,7 @@ fn main() {
         println!("cargo:warning={MISSING}");
         Vec::new()
     };
-    for (idx, (target, _)) in TARGETS.into_iter().enumerate() {
+    for (idx, (target, ..)) in TARGETS.into_iter().enumerate() {
         let file = out.join(format!("tilert_mk_{target}.ptx"));
         // The host takes an empty file for PTX that was left out.
         let text = texts.get(idx).map_or("", String::as_str);
@@ -141,9 +145,9 @@ fn stdout_of(command: &mut Command) -> Option<String> {
 /// The PTX of all targets, which are compiled side by side; ends the build on an error.
 fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
     let results: Vec<Result<String, String>> = std::thread::scope(|scope| {
-        let compile = |(target, flags)| {
+        let compile = |(name, chip, flags)| {
             scope.spawn(move || {
-                compile(toolchain, target, flags, out).and_then(|text| finish(&text))
+                compile(toolchain, [name, chip, flags], out).and_then(|text| finish(&text))
             })
         };
         let threads = TARGETS.map(compile);
@@ -152,7 +156,7 @@ fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
     });
     let named = results.into_iter().zip(TARGETS);
     named
-        .map(|(result, (target, _))| {
+        .map(|(result, (target, ..))| {
             result.unwrap_or_else(|message| {
                 fail(&format!("device/ does not compile to PTX for {target}: {message}"))
             })
@@ -160,11 +164,15 @@ fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The assembly of the device crate for one target.
-fn compile(toolchain: &Toolchain, target: &str, flags: &str, out: &Path) -> Result<String, String> {
-    let folder = out.join(target);
+/// The assembly of the device crate for one target: its name, its chip and its flags.
+fn compile(
+    toolchain: &Toolchain,
+    [name, chip, flags]: [&str; 3],
+    out: &Path,
+) -> Result<String, String> {
+    let folder = out.join(name);
     let run = |network: &[&str]| -> Result<Output, String> {
-        let mut command = cargo(toolchain, target, flags, &folder);
+        let mut command = cargo(toolchain, chip, flags, &folder);
         command.args(network).args(["--", "--emit=asm", "-Clinker=true"]);
         command.arg("-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false");
         let shown = toolchain.cargo.display();
@@ -187,9 +195,9 @@ fn compile(toolchain: &Toolchain, target: &str, flags: &str, out: &Path) -> Resu
 }
 
 /// `cargo rustc` for the device crate, up to the arguments of rustc.
-fn cargo(toolchain: &Toolchain, target: &str, flags: &str, folder: &Path) -> Command {
+fn cargo(toolchain: &Toolchain, chip: &str, flags: &str, folder: &Path) -> Command {
     let rustflags = format!(
-        "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={target} \
+        "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={chip} \
          -Ctarget-feature=+ptx80 {flags}"
     );
     let mut command = Command::new(&toolchain.cargo);

@@ -204,12 +204,26 @@ impl<'a, M: Machine> Worker<'a, M> {
         unsafe { HostCounter::at(self.header().mailbox + offset as u64) }
     }
 
+    /// This PE's counter of an event.
     #[inline(always)]
     pub(crate) fn event(&self, id: EventId) -> &'a EventCounter {
+        self.event_at(id, 0)
+    }
+
+    /// The counters of an event, of all PEs.
+    #[inline(always)]
+    fn events(&self, id: EventId) -> impl Iterator<Item = &'a EventCounter> {
+        let count = if M::HAS_PEERS { self.header().pe_count } else { 1 };
+        (0..count).map(move |pe| self.event_at(id, self.machine.distance(pe)))
+    }
+
+    #[inline(always)]
+    fn event_at(&self, id: EventId, distance: u64) -> &'a EventCounter {
         check!(id.0 < self.header().event_count);
         let offset = self.header().plan.events + u64::from(id.0) * EVENT_STRIDE_BYTES;
-        // SAFETY: one of the header's events; the region holds nothing but counters.
-        unsafe { EventCounter::at(self.header().heap + offset) }
+        // SAFETY: one of the header's events, in the heap of some PE; the region holds nothing but
+        // counters.
+        unsafe { EventCounter::at((self.header().heap + offset).wrapping_add(distance)) }
     }
 
     #[inline(always)]
@@ -407,7 +421,7 @@ impl<'a, M: Machine> Worker<'a, M> {
         if M::HAS_STAMPS && is_last {
             let task = self.machine.record(claim.task);
             if task.is_announced() {
-                event::announce(self.event(task.signal_event));
+                self.events(task.signal_event).for_each(event::announce);
             }
         }
     }
@@ -425,7 +439,9 @@ impl<'a, M: Machine> Worker<'a, M> {
         self.machine.sync();
         if self.machine.lane_idx() == 0 {
             self.record_end();
-            if signals {
+            if signals && M::HAS_PEERS {
+                event::signal_all(self.events(event));
+            } else if signals {
                 event::signal(self.event(event));
             }
         }

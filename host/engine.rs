@@ -2,6 +2,7 @@
 
 mod bind;
 mod empty;
+mod headers;
 mod mailbox;
 mod pace;
 mod pack;
@@ -16,8 +17,6 @@ use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{LowerOptions, Program, lower};
 use tilert_mk_model::rope;
 use tilert_mk_model::weights::{Dtype, WeightSource};
-use tilert_mk_shared::ABI_VERSION;
-use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::limits::STOP_ID_COUNT_MAX;
 use tilert_mk_shared::mailbox::{CommandKind, Mailbox, Output, OutputKind, StopWord};
 use tilert_mk_shared::program::ProgramHeader;
@@ -25,7 +24,6 @@ use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
 use tilert_mk_shared::sequence::{SequenceParams, WANT_LOGITS};
 use tilert_mk_shared::task::{Precision, WeightFormat};
-use tilert_mk_shared::tile::SharedPlan;
 use tilert_mk_shared::trace::TraceRecord;
 
 pub use self::request::{
@@ -50,7 +48,8 @@ const START_TIME_MAX: Duration = Duration::from_secs(30);
 pub struct Engine {
     config: ModelConfig,
     program: Program,
-    header: ProgramHeader,
+    /// Of each PE.
+    headers: Vec<ProgramHeader>,
     is_busy: Vec<bool>,
     logits: Vec<f32>,
     /// Looks at the mailbox since its last output.
@@ -131,50 +130,11 @@ impl Engine {
         let mut vectors = Vec::new();
         let tasks =
             bind(&program, weights.as_ref(), device.as_mut(), &mut vectors, dtype, progress)?;
-        let worker_count = program.queue_spans.len() as u32 - 1;
-        let wanted = u64::from(options.trace_steps) * tasks.len() as u64;
-        let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };
-        let trace_bytes =
-            trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
-        let (kv, slots) = (&program.dims.kv, program.dims.kv.slot_count);
-        let prompts = u64::from(slots) * u64::from(kv.context_max) * 4;
-        let row = program.dims.intermediate_dim.max(program.dims.prologue_dim_max);
-        let near = SharedPlan::new(device.profile().shared_bytes, row);
-        let uploaded = |device: &mut dyn Device, what: &str, bytes: &[u8]| {
-            let address = device.reserve(what, bytes.len() as u64)?;
-            device.write(address, bytes)?;
-            Ok::<u64, Error>(address)
-        };
-        let header = ProgramHeader {
-            abi_version: ABI_VERSION,
-            worker_count,
-            task_count: tasks.len() as u32,
-            event_count: program.event_arrivals.len() as u32,
-            begin_event: program.begin_event.0,
-            trace_capacity: trace_capacity as u32,
-            page_count: near.map_or(0, |plan| plan.page_count),
-            input_bytes: near.map_or(0, |plan| plan.input_bytes),
-            reserved: 0,
-            polls_per_look: device.profile().polls_per_look,
-            wait_ns_max: options.wait_ns_max,
-            tasks: uploaded(device.as_mut(), "the tasks", bytes_of(&tasks))?,
-            queue_spans: uploaded(device.as_mut(), "the queues", bytes_of(&program.queue_spans))?,
-            queue_entries: uploaded(
-                device.as_mut(),
-                "the queues",
-                bytes_of(&program.queue_entries),
-            )?,
-            heap: device.reserve_heap(&program.plan)?,
-            mailbox: device.reserve_shared("the mailbox", size_of::<Mailbox>() as u64)?,
-            prompts: device.reserve_shared("the prompts", prompts)?,
-            fault: device.reserve_shared("the fault record", size_of::<FaultRecord>() as u64)?,
-            trace: device.reserve("the trace", trace_bytes.max(64))?,
-            dims: program.dims,
-            plan: program.plan,
-        };
+        let headers = headers::upload(&program, &tasks, device.as_mut(), options)?;
+        let slots = program.dims.kv.slot_count;
         Ok(Engine {
             config,
-            header,
+            headers,
             is_busy: vec![false; slots as usize],
             logits: vec![0.0; program.dims.vocab_size as usize],
             empty_looks: 0,
@@ -190,19 +150,27 @@ impl Engine {
 
     /// Fills what the workers expect: cursors at their start, RoPE tables.
     fn prepare(&mut self) -> Result<()> {
-        let (heap, plan) = (self.header.heap, self.header.plan);
-        for queue_idx in 0..=u64::from(self.header.worker_count) {
-            let address = heap + plan.cursors + queue_idx * CURSOR_STRIDE_BYTES;
-            self.device.write(address, &Cursor::START.pack().to_ne_bytes())?;
-        }
         let tables = rope::tables(&self.config, self.context_max());
-        self.device.write(heap + plan.rope_cos, bytes_of(&tables.cos))?;
-        self.device.write(heap + plan.rope_sin, bytes_of(&tables.sin))
+        for (pe, header) in (0u32..).zip(&self.headers) {
+            let (heap, plan) = (header.heap, header.plan);
+            for queue_idx in 0..=u64::from(header.worker_count) {
+                let address = heap + plan.cursors + queue_idx * CURSOR_STRIDE_BYTES;
+                self.device.write(pe, address, &Cursor::START.pack().to_ne_bytes())?;
+            }
+            self.device.write(pe, heap + plan.rope_cos, bytes_of(&tables.cos))?;
+            self.device.write(pe, heap + plan.rope_sin, bytes_of(&tables.sin))?;
+        }
+        Ok(())
+    }
+
+    /// The header of the first PE, whose workers admit and sample.
+    fn header(&self) -> &ProgramHeader {
+        &self.headers[0]
     }
 
     /// Starts the workers and waits for their first sign of life, which also relates the clocks.
     fn launch(&mut self) -> Result<()> {
-        self.device.launch(&self.header)?;
+        self.device.launch(&self.headers)?;
         let begin = Instant::now();
         while self.word(offset_of!(Mailbox, ready)).load_acquire() == 0 {
             self.check_fault()?;
@@ -230,7 +198,7 @@ impl Engine {
 
     /// Positions of a sequence.
     pub fn context_max(&self) -> u32 {
-        self.header.dims.kv.context_max
+        self.header().dims.kv.context_max
     }
 
     /// Name of the device.
@@ -240,7 +208,7 @@ impl Engine {
 
     /// Workers.
     pub fn worker_count(&self) -> u32 {
-        self.header.worker_count
+        self.header().worker_count
     }
 
     /// The program.
@@ -356,8 +324,8 @@ impl Engine {
 
     fn read_logits(&mut self, output: &Output) -> Result<()> {
         let offset = u64::from(output.value) * self.logits.len() as u64 * 4;
-        let address = self.header.heap + self.header.plan.logits + offset;
-        self.device.read(address, bytes_of_mut(&mut self.logits))
+        let address = self.header().heap + self.header().plan.logits + offset;
+        self.device.read(0, address, bytes_of_mut(&mut self.logits))
     }
 
     /// Runs one request to its end; `on_event` may break to cancel it.
@@ -436,7 +404,7 @@ impl Engine {
     /// Errors: what the driver says.
     pub fn into_trace(mut self) -> Result<Vec<Vec<TraceRecord>>> {
         self.shut_down();
-        (0..self.header.worker_count).map(|worker_idx| self.trace_of(worker_idx)).collect()
+        (0..self.header().worker_count).map(|worker_idx| self.trace_of(worker_idx)).collect()
     }
 }
 
@@ -459,6 +427,12 @@ fn lower_options(
         return Err(Error::Usage(format!(
             "--workers {worker_count}: {} has at most {limit}",
             profile.name
+        )));
+    }
+    if !worker_count.is_multiple_of(profile.pe_count) {
+        let count = profile.pe_count;
+        return Err(Error::Usage(format!(
+            "--workers {worker_count}: {count} devices have equally many"
         )));
     }
     if profile.shared_bytes > 0 && !config.head_dim.is_multiple_of(8) {

@@ -6,8 +6,10 @@ pub const STEP_TOKENS_MAX: u32 = 64;
 pub const DECODE_TOKENS_MAX: u32 = 8;
 /// Sequences that can be resident in the KV cache at once.
 pub const SLOT_COUNT_MAX: u32 = 64;
-/// Workers (pinned threads, or blocks of a GPU) of one device.
-pub const WORKER_COUNT_MAX: u32 = 1024;
+/// Workers (pinned threads, or blocks of a GPU) of all devices.
+pub const WORKER_COUNT_MAX: u32 = 2048;
+/// Devices that run a program together.
+pub const PE_COUNT_MAX: usize = 8;
 /// Row segments of one linear task: query, key and value rows, or gate and up rows.
 pub const SEGMENT_COUNT_MAX: usize = 3;
 /// Partial results into which attention over one sequence is split at most.

@@ -2,7 +2,7 @@
 
 use crate::event::EVENT_STRIDE_BYTES;
 use crate::kv::KvGeometry;
-use crate::limits::{ATTENTION_SPLIT_MAX, SPLIT_ROWS};
+use crate::limits::{ATTENTION_SPLIT_MAX, PE_COUNT_MAX, SPLIT_ROWS};
 use crate::mailbox::MailboxView;
 use crate::queue::CURSOR_STRIDE_BYTES;
 use crate::sequence::{SequenceState, StepState};
@@ -283,7 +283,7 @@ impl HeapPlan {
     }
 }
 
-/// What the host gives to every worker. Addresses are in the device's memory.
+/// What the host gives to every worker of a device. Addresses are in the device's memory.
 ///
 /// Order: written before the workers start and never again.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -291,7 +291,7 @@ impl HeapPlan {
 pub struct ProgramHeader {
     /// `ABI_VERSION`.
     pub abi_version: u32,
-    /// Workers.
+    /// Workers, of all PEs together; each has as many.
     pub worker_count: u32,
     /// Tasks of a step.
     pub task_count: u32,
@@ -307,8 +307,8 @@ pub struct ProgramHeader {
     pub polls_per_look: u32,
     /// Bytes of each block's area of input rows; 0 on the CPU.
     pub input_bytes: u32,
-    /// Keeps the addresses aligned.
-    pub reserved: u32,
+    /// The first worker of this PE, see `pe_count`.
+    pub first_worker: u32,
     /// Time after which a wait inside a step is a fault.
     pub wait_ns_max: u64,
     /// Address of `[task_count] Task`.
@@ -331,11 +331,20 @@ pub struct ProgramHeader {
     pub dims: Dims,
     /// Where the heap's regions are.
     pub plan: HeapPlan,
+    /// Devices that run the program together, processing elements (PEs) as in OpenSHMEM: each has a heap
+    /// of its own with the same layout, and what others read too is stored in all heaps.
+    pub pe_count: u32,
+    /// Keeps the distances aligned.
+    pub reserved: u32,
+    /// What to add, modulo 2^64, to an address in this PE's heap to get that of the same place in the
+    /// heap of each PE; 0 for itself.
+    pub distances: [u64; PE_COUNT_MAX],
 }
 
 const _: () = assert!(size_of::<Dims>() == 72);
 const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
-const _: () = assert!(size_of::<ProgramHeader>() == 112 + 72 + 8 * (REGION_COUNT + 1));
+const _: () =
+    assert!(size_of::<ProgramHeader>() == 112 + 72 + 8 * (REGION_COUNT + 1) + 8 + 8 * PE_COUNT_MAX);
 
 #[cfg(test)]
 mod tests {

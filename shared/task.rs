@@ -178,14 +178,16 @@ impl Task {
 }
 
 /// Arguments of `Opcode::Empty`: where values are stamped (`stamp.rs`), it may look at those of the stage
-/// before it and leave one, as tasks do that compute something.
+/// before it and leave some, as tasks do that compute something.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct EmptyArgs {
     /// Values that it looks at; 0 for none.
     pub count: u32,
     /// Heap offset of the first.
     pub from: u64,
-    /// Heap offset of the value that it leaves; 0 for none.
+    /// Values that it leaves.
+    pub len: u32,
+    /// Heap offset of the first; 0 for none.
     pub to: u64,
     /// See `Task::is_announced`.
     pub is_announced: bool,
@@ -197,6 +199,7 @@ impl EmptyArgs {
         let mut task = Task::new(Opcode::Empty);
         task.flags = if self.is_announced { ANNOUNCED } else { 0 };
         task.words[0] = self.count;
+        task.words[1] = self.len;
         task.refs[0] = self.from;
         task.refs[1] = self.to;
         task
@@ -208,6 +211,7 @@ impl EmptyArgs {
         EmptyArgs {
             count: task.words[0],
             from: task.refs[0],
+            len: task.words[1],
             to: task.refs[1],
             is_announced: task.is_announced(),
         }
@@ -368,7 +372,7 @@ mod tests {
             |count: u32| [0, 1, 2, 3, 4, 5, 6].map(|idx| AttentionArgs::columns_of(count, idx, 7));
         assert_eq!(all(56), [0, 8, 16, 24, 32, 40, 48].map(|first| [first, first + 8]));
         assert_eq!(all(8), [[0, 0], [0, 0], [0, 0], [0, 4], [4, 4], [4, 4], [4, 8]]);
-        let empty = EmptyArgs { count: 3, from: 9 << 33, to: 10 << 33, is_announced: true };
+        let empty = EmptyArgs { count: 3, from: 9 << 33, len: 5, to: 10 << 33, is_announced: true };
         assert_eq!(EmptyArgs::unpack(&empty.pack()), empty);
         let embed = EmbedArgs { format: WeightFormat::F16, table: 1 << 50, hidden: 64 };
         assert_eq!(EmbedArgs::unpack(&embed.pack()), embed);

@@ -11,12 +11,12 @@ pub mod memory;
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod cpu;
 #[cfg(not(target_arch = "nvptx64"))]
-pub use cpu::counter::{CursorCounter, EventCounter, HostCounter};
+pub use cpu::counter::{CursorCounter, EventCounter, HostCounter, fence_release};
 
 #[cfg(target_arch = "nvptx64")]
 pub mod nvptx;
 #[cfg(target_arch = "nvptx64")]
-pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter};
+pub use nvptx::counter::{CursorCounter, EventCounter, HostCounter, fence_release};
 
 use crate::worker::{Claim, Stopped, Worker};
 use core::ops::Deref;
@@ -162,6 +162,11 @@ pub trait Machine {
     /// to, and waits for each; and it stamps what `store`, `attend` and `widen` leave.
     const HAS_STAMPS: bool = false;
 
+    /// Whether other devices may take part in the program (`ProgramHeader::pe_count`): what `store`,
+    /// `attend`, `join`, `widen` and `pass_on` leave is then in every PE's heap, but logits and bests,
+    /// which are in the first one's alone.
+    const HAS_PEERS: bool = false;
+
     /// See `norm_ahead`.
     type NormAhead: Copy + Default;
 
@@ -182,6 +187,18 @@ pub trait Machine {
     fn record<'a>(&self, task: &'a Task) -> impl Deref<Target = Task> + 'a {
         task
     }
+
+    /// What leads from an address in this PE's heap to the same place in the heap of `pe`; see
+    /// `ProgramHeader::distances`.
+    #[inline(always)]
+    fn distance(&self, _pe: u32) -> u64 {
+        0
+    }
+
+    /// Collective: copies the step's description, which is visible to all lanes, to the heaps of the other
+    /// PEs; not yet visible there.
+    #[inline(always)]
+    fn put_step(&self, _step: Span<StepState>) {}
 
     /// Waits for all lanes of the worker; orders their accesses before and after.
     fn sync(&self);
@@ -333,7 +350,7 @@ pub trait Machine {
     /// Collective: appends a token's key and value and attends, split by split.
     fn attend(&self, attention: &Attention);
 
-    /// Collective: waits for the stamps of all values of `from`, then leaves a value in `to`; only with
+    /// Collective: waits for the stamps of all values of `from`, then leaves values in `to`; only with
     /// stamps.
     fn pass_on(&self, _from: Span<f32>, _to: Span<f32>) {}
 

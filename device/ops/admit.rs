@@ -28,7 +28,10 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
     loop {
         match worker.machine.lead(|| look(worker, looks > 0)) {
             COMMAND => read_command(worker),
-            STEP => return Ok(()),
+            STEP => {
+                worker.machine.put_step(worker.heap(worker.header().plan.step, 1));
+                return Ok(());
+            }
             STOP => return Err(Stopped),
             _ => {
                 looks += 1;

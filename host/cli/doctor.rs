@@ -117,7 +117,7 @@ fn find() -> Findings {
     let read = |path: &str| std::fs::read_to_string(Path::new(path)).ok();
     let meminfo = read("/proc/meminfo");
     let memory_bytes = |name| meminfo.as_deref().and_then(|text| field_bytes(text, name));
-    let embedded = kernels().map(|(capability, _)| format!("sm_{capability}")).collect();
+    let embedded = kernels().map(|kernel| kernel.name()).collect();
     let replaced_by = std::env::var_os(KERNEL_VARIABLE).map(|path| path.display().to_string());
     let (driver, gpus) = match survey() {
         Ok(survey) => of_survey(survey),
@@ -160,7 +160,7 @@ fn of_survey(survey: Survey) -> (Driver, Vec<GpuFindings>) {
         memory_bytes: gpu.memory_bytes,
         is_cooperative: gpu.is_cooperative,
         peers,
-        kernel: fitting_kernel(gpu.capability).map(|(lowest, _)| format!("sm_{lowest}")),
+        kernel: fitting_kernel(gpu.capability, false).map(|kernel| kernel.name()),
         ring_pages: ring_pages(gpu.shared_bytes),
         name: gpu.name,
     });

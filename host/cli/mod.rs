@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tilert_mk_shared::limits::WORKER_COUNT_MAX;
+use tilert_mk_shared::limits::{PE_COUNT_MAX, WORKER_COUNT_MAX};
 
 use crate::engine::{Compute, DeviceKind, Engine, EngineOptions, LoadMode, ModelSource, Weights};
 use crate::error::{Error, Result};
@@ -72,7 +72,10 @@ struct ModelArgs {
     /// Device that runs the model.
     #[arg(long, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
-    /// Workers: threads of the CPU, blocks of a GPU [default: one per core or multiprocessor].
+    /// GPUs that run the model together, the first ones; each holds its part of the weights.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = device_count())]
+    devices: u32,
+    /// Workers: threads of the CPU, blocks of all GPUs [default: one per core or multiprocessor].
     #[arg(long, value_name = "N", value_parser = worker_count)]
     workers: Option<u32>,
     /// Positions of the KV cache [default: the model's, at most 4096].
@@ -92,6 +95,10 @@ struct ModelArgs {
     /// the next request begins at once, at the price of the cores' power.
     #[arg(long)]
     busy_poll: bool,
+}
+
+fn device_count() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=PE_COUNT_MAX as i64)
 }
 
 fn worker_count(text: &str) -> std::result::Result<u32, String> {
@@ -139,7 +146,7 @@ impl ModelArgs {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        let device = self.device.open(self.busy_poll)?;
+        let device = self.device.open(self.devices, self.busy_poll)?;
         let engine =
             Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
                 bar.set_length(total_bytes);

@@ -40,6 +40,7 @@ impl CpuDevice {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         let profile = Profile {
             name: "cpu".into(),
+            pe_count: 1,
             worker_count: cores,
             worker_count_max: WORKER_COUNT_MAX,
             step_tokens_max: STEP_TOKENS_MAX,
@@ -81,11 +82,11 @@ impl Device for CpuDevice {
         &self.profile
     }
 
-    fn place(&mut self, bytes: &[u8]) -> Result<u64> {
+    fn place(&mut self, _pe: u32, bytes: &[u8]) -> Result<u64> {
         Ok(bytes.as_ptr() as u64)
     }
 
-    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
+    fn reserve(&mut self, _pe: u32, what: &str, bytes: u64) -> Result<u64> {
         let map = anonymous(what, bytes)?;
         let address = map.as_ptr() as u64;
         self.memory.push(map);
@@ -94,8 +95,8 @@ impl Device for CpuDevice {
 
     /// The cache is in small pages: a huge one holds all positions of a head, or several heads, and is cleared
     /// when the first of them is stored.
-    fn reserve_heap(&mut self, plan: &HeapPlan) -> Result<u64> {
-        let address = self.reserve("the heap", plan.total_bytes)?;
+    fn reserve_heap(&mut self, pe: u32, plan: &HeapPlan) -> Result<u64> {
+        let address = self.reserve(pe, "the heap", plan.total_bytes)?;
         let first = plan.kv.next_multiple_of(HUGE_PAGE_BYTES).min(plan.total_bytes);
         let (offset, bytes) = (first as usize, (plan.total_bytes - first) as usize);
         // A hint, as for huge pages.
@@ -104,24 +105,25 @@ impl Device for CpuDevice {
     }
 
     fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64> {
-        self.reserve(what, bytes)
+        self.reserve(0, what, bytes)
     }
 
-    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
+    fn write(&mut self, _pe: u32, address: u64, bytes: &[u8]) -> Result<()> {
         // SAFETY: an address of `reserve`, before any worker runs.
         let target: Span<u8> = unsafe { Span::new(address, bytes.len()) };
         target.as_mut_slice().copy_from_slice(bytes);
         Ok(())
     }
 
-    fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+    fn read(&self, _pe: u32, address: u64, out: &mut [u8]) -> Result<()> {
         // SAFETY: an address of `reserve` that no worker writes meanwhile.
         let source: Span<u8> = unsafe { Span::new(address, out.len()) };
         out.copy_from_slice(source.as_slice());
         Ok(())
     }
 
-    fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+    fn launch(&mut self, headers: &[ProgramHeader]) -> Result<()> {
+        let header = &headers[0];
         let cores = cores_for(header.worker_count, self.polls_busily);
         for worker_idx in 0..header.worker_count {
             let (header, mut machine) = (*header, self.machine);
@@ -204,14 +206,14 @@ mod tests {
         let dims = Dims { head_count: 4, step_tokens_max: 1, kv, ..Dims::default() };
         let plan = HeapPlan::new(&dims, 1, 1, 1);
         let mut device = CpuDevice::new(false);
-        let heap = device.reserve_heap(&plan).expect("an anonymous mapping");
+        let heap = device.reserve_heap(0, &plan).expect("an anonymous mapping");
         // The first position of every head of one sequence, but those that share a huge page with the rest.
         let mut written = 0;
         for (layer_idx, head_idx) in (1..4).flat_map(|layer| (0..4).map(move |head| (layer, head)))
         {
             for plane in 0..2 {
                 let idx = kv.key_idx(layer_idx, 0, head_idx) + plane * kv.plane_values();
-                device.write(heap + plan.kv + idx * 4, &[1; 256]).expect("it is there");
+                device.write(0, heap + plan.kv + idx * 4, &[1; 256]).expect("it is there");
                 written += 1;
             }
         }

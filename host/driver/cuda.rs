@@ -1,51 +1,34 @@
-//! An NVIDIA GPU as a device: one block of the persistent kernel for each worker.
+//! NVIDIA GPUs as a device: one block of the persistent kernel for each worker.
 //!
 //! The driver library is loaded when it is first needed, so one binary runs with and without a GPU.
-//! Weights and the heap are plain allocations; the mailbox is pinned host memory that the GPU maps
-//! at the same address. The kernel runs on a stream of its own, so that copies pass beside it.
+//! Weights and heaps are plain allocations; the mailbox is pinned host memory that all GPUs map at the
+//! same address. A kernel runs on a stream of its own, so that copies pass beside it. Several GPUs run a
+//! program together: each maps the memory of the others, and has a kernel and a heap of its own.
 
-use std::ffi::{CString, c_void};
-use std::time::{Duration, Instant};
+mod kernels;
+mod pe;
 
-use cudarc::driver::result::{self, DriverError, device, primary_ctx, stream};
+use std::ffi::c_void;
+
+use cudarc::driver::result::{self, DriverError, device};
 use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attribute;
+use tilert_mk_shared::limits::PE_COUNT_MAX;
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::tile::{BLOCK_THREADS, GPU_STEP_TOKENS_MAX, SharedPlan, TILE_ROWS_MAX};
+use tilert_mk_shared::tile::{GPU_STEP_TOKENS_MAX, TILE_ROWS_MAX};
 
+pub(crate) use self::kernels::KERNEL_VARIABLE;
+pub use self::kernels::{Kernel, fitting_kernel, kernels};
+use self::pe::Pe;
 use super::{Device, Profile};
 use crate::error::{Error, Result};
 
-/// Name of the kernel in the embedded PTX.
-const ENTRY: &str = "tilert_mk";
-/// Environment variable that names PTX to use instead of the embedded one.
-pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 /// Polls of an event between two looks at the host's memory, some 10 ms. Looks of all blocks come one after
 /// the other, 100 us for those of an H200: each 256 polls, they kept a block that was waited for from
 /// its next poll.
 const POLLS_PER_LOOK: u32 = 16_384;
 /// Weight bytes of a linear task at most: what `TILE_ROWS_MAX` leaves.
 const TILE_BYTES: u64 = 1 << 20;
-/// Bytes of one upload: the driver stages pageable memory in pieces of about this size.
-const UPLOAD_BYTES: usize = 64 << 20;
-/// How long a kernel that has been told to stop may take.
-const STOP_TIME_MAX: Duration = Duration::from_secs(10);
-
-/// The embedded PTX and the lowest compute capability that runs it, best first; empty texts are left
-/// out.
-pub fn kernels() -> impl Iterator<Item = (u32, &'static str)> {
-    [
-        (90, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90.ptx"))),
-        (80, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_80.ptx"))),
-    ]
-    .into_iter()
-    .filter(|(_, text)| !text.is_empty())
-}
-
-/// The embedded PTX for a GPU of this compute capability, and the capability it was made for.
-pub fn fitting_kernel(capability: u32) -> Option<(u32, &'static str)> {
-    kernels().find(|(lowest, _)| *lowest <= capability)
-}
 
 /// What was found of a GPU.
 #[derive(Clone, Debug)]
@@ -66,19 +49,11 @@ pub struct Gpu {
     pub is_cooperative: bool,
 }
 
-/// One GPU of this machine.
+/// GPUs of this machine that run a program together, mostly one.
 pub struct CudaDevice {
     profile: Profile,
-    gpu: Gpu,
-    context: sys::CUcontext,
-    device: sys::CUdevice,
-    module: sys::CUmodule,
-    kernel: sys::CUfunction,
-    kernel_stream: sys::CUstream,
-    copy_stream: sys::CUstream,
-    memory: Vec<sys::CUdeviceptr>,
+    pes: Vec<Pe>,
     shared_memory: Vec<*mut c_void>,
-    is_launched: bool,
 }
 
 // SAFETY: the driver's handles may be used from any thread that makes the context current, which
@@ -126,96 +101,53 @@ fn describe(ordinal: i32) -> Result<Gpu> {
     })
 }
 
-/// The PTX for a GPU: that of the file which `TILERT_MK_KERNEL` names, or the best embedded one.
-fn kernel_text(gpu: &Gpu) -> Result<String> {
-    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
-        return std::fs::read_to_string(&path).map_err(|error| Error::file(path, error));
-    }
-    fitting_kernel(gpu.capability).map(|(_, text)| text.to_owned()).ok_or_else(|| {
-        let message = if kernels().next().is_none() {
-            "this build has no GPU kernel: it was built without the device toolchain (README)"
-        } else {
-            "the GPU is too old: compute capability 8.0 is needed"
-        };
-        Error::Device(format!("{}: {message}", gpu.name))
-    })
-}
-
 impl CudaDevice {
-    /// Opens the GPU `ordinal` and loads the kernel.
+    /// Opens the first `count` GPUs and loads the kernel on each.
     ///
-    /// Errors: no driver, no such GPU, one that is too old or has too little shared memory, a build
-    /// without the kernel.
-    pub fn open(ordinal: i32) -> Result<CudaDevice> {
-        let gpu = gpus()?.into_iter().find(|gpu| gpu.ordinal == ordinal).ok_or_else(|| {
-            Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into())
-        })?;
-        let text = kernel_text(&gpu)?;
-        if SharedPlan::new(gpu.shared_bytes, 0).is_none() {
-            let bytes = gpu.shared_bytes;
-            return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));
+    /// Errors: no driver, too few GPUs, ones that differ or do not reach each other, that are too old or
+    /// have too little shared memory; a build without the kernel.
+    pub fn open(count: u32) -> Result<CudaDevice> {
+        let found = gpus()?;
+        if found.is_empty() {
+            return Err(Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into()));
         }
-        let device = device::get(ordinal).map_err(wrap("opening a GPU"))?;
-        // SAFETY: a handle that the driver gave.
-        let context = unsafe { primary_ctx::retain(device) }.map_err(wrap("opening a GPU"))?;
-        // SAFETY: the context just made.
-        unsafe { result::ctx::set_current(context) }.map_err(wrap("opening a GPU"))?;
-        let image = CString::new(text).map_err(|_| Error::Device("a NUL in the PTX".into()))?;
-        // SAFETY: PTX text that ends with a NUL.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-            .map_err(wrap("loading the kernel (is the driver older than CUDA 12?)"))?;
-        let entry = CString::new(ENTRY).map_err(|_| Error::Device("a NUL in a name".into()))?;
-        // SAFETY: the module just loaded.
-        let kernel = unsafe { result::module::get_function(module, entry) }
-            .map_err(wrap("finding the kernel"))?;
-        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function just found.
-        unsafe { result::function::set_function_attribute(kernel, limit, gpu.shared_bytes as i32) }
-            .map_err(wrap("reserving shared memory"))?;
-        let new_stream =
-            || stream::create(stream::StreamKind::NonBlocking).map_err(wrap("making a stream"));
+        if count as usize > found.len().min(PE_COUNT_MAX) {
+            let (limit, what) = (found.len().min(PE_COUNT_MAX), "GPUs can be used");
+            return Err(Error::Usage(format!("--devices {count}: {limit} {what}")));
+        }
+        let mut pes = Vec::new();
+        for gpu in found.into_iter().take(count.max(1) as usize) {
+            pes.push(Pe::open(gpu, count > 1)?);
+        }
+        let first = pes[0].gpu.clone();
+        for (idx, pe) in pes.iter().enumerate() {
+            if (pe.gpu.sm_count, pe.gpu.shared_bytes) != (first.sm_count, first.shared_bytes) {
+                let (a, b) = (&first.name, &pe.gpu.name);
+                return Err(Error::Device(format!("GPUs that differ: {a} and {b}")));
+            }
+            for (_, other) in pes.iter().enumerate().filter(|(other, _)| *other != idx) {
+                pe.map(other)?;
+            }
+        }
+        let ordinals: Vec<String> = pes.iter().map(|pe| pe.gpu.ordinal.to_string()).collect();
         Ok(CudaDevice {
             profile: Profile {
-                name: format!("cuda:{ordinal} {}", gpu.name),
-                worker_count: gpu.sm_count,
-                worker_count_max: gpu.sm_count,
+                name: format!("cuda:{} {}", ordinals.join(","), first.name),
+                pe_count: pes.len() as u32,
+                worker_count: first.sm_count * pes.len() as u32,
+                worker_count_max: first.sm_count * pes.len() as u32,
                 step_tokens_max: GPU_STEP_TOKENS_MAX,
                 tile_bytes: TILE_BYTES,
                 tile_rows_max: TILE_ROWS_MAX,
-                shared_bytes: gpu.shared_bytes,
+                shared_bytes: first.shared_bytes,
                 packs_weights: true,
                 stamps_values: true,
                 polls_per_look: POLLS_PER_LOOK,
                 host_spins: true,
             },
-            gpu,
-            context,
-            device,
-            module,
-            kernel,
-            kernel_stream: new_stream()?,
-            copy_stream: new_stream()?,
-            memory: Vec::new(),
+            pes,
             shared_memory: Vec::new(),
-            is_launched: false,
         })
-    }
-
-    fn make_current(&self) -> Result<()> {
-        // SAFETY: the context lives as long as the device.
-        unsafe { result::ctx::set_current(self.context) }.map_err(wrap("using a GPU"))
-    }
-
-    fn allocate(&mut self, what: &str, bytes: u64) -> Result<u64> {
-        self.make_current()?;
-        // SAFETY: fresh memory; who writes and reads it is the program's matter.
-        let address = unsafe { result::malloc_sync(bytes.max(16) as usize) }.map_err(|error| {
-            let total = self.gpu.memory_bytes >> 20;
-            let needed = bytes >> 20;
-            Error::Device(format!("{needed} MiB for {what} on a GPU of {total} MiB: {error}"))
-        })?;
-        self.memory.push(address);
-        Ok(address)
     }
 }
 
@@ -224,23 +156,21 @@ impl Device for CudaDevice {
         &self.profile
     }
 
-    fn place(&mut self, bytes: &[u8]) -> Result<u64> {
-        let address = self.allocate("weights", bytes.len() as u64)?;
-        self.write(address, bytes)?;
+    fn place(&mut self, pe: u32, bytes: &[u8]) -> Result<u64> {
+        let pe = &mut self.pes[pe as usize];
+        let address = pe.allocate("weights", bytes.len() as u64)?;
+        pe.write(address, bytes)?;
         Ok(address)
     }
 
-    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
-        let address = self.allocate(what, bytes)?;
-        // SAFETY: the memory just allocated.
-        unsafe { result::memset_d8_sync(address, 0, bytes as usize) }.map_err(wrap(what))?;
-        Ok(address)
+    fn reserve(&mut self, pe: u32, what: &str, bytes: u64) -> Result<u64> {
+        self.pes[pe as usize].reserve(what, bytes)
     }
 
     fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64> {
-        self.make_current()?;
+        self.pes[0].make_current()?;
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-        // SAFETY: fresh memory; with unified addressing the GPU has it at the same address.
+        // SAFETY: fresh memory; with unified addressing all GPUs have it at the same address.
         let pointer = unsafe { result::malloc_host(bytes as usize, flags) }.map_err(wrap(what))?;
         self.shared_memory.push(pointer);
         // SAFETY: `bytes` bytes that nobody else knows yet.
@@ -248,71 +178,24 @@ impl Device for CudaDevice {
         Ok(pointer as u64)
     }
 
-    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
-        self.make_current()?;
-        for (piece, offset) in bytes.chunks(UPLOAD_BYTES).zip((0u64..).step_by(UPLOAD_BYTES)) {
-            // SAFETY: an address of this device with room for all of `bytes`.
-            unsafe { result::memcpy_htod_sync(address + offset, piece) }
-                .map_err(wrap("copying to a GPU"))?;
-        }
-        Ok(())
+    fn write(&mut self, pe: u32, address: u64, bytes: &[u8]) -> Result<()> {
+        self.pes[pe as usize].write(address, bytes)
     }
 
-    fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
-        self.make_current()?;
-        // SAFETY: an address of this device; the copy is complete before `out` is looked at.
-        unsafe { result::memcpy_dtoh_async(out, address, self.copy_stream) }
-            .map_err(wrap("copying from a GPU"))?;
-        // SAFETY: this device's own stream.
-        unsafe { stream::synchronize(self.copy_stream) }.map_err(wrap("copying from a GPU"))
+    fn read(&self, pe: u32, address: u64, out: &mut [u8]) -> Result<()> {
+        self.pes[pe as usize].read(address, out)
     }
 
-    fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
-        self.make_current()?;
-        let mut header = *header;
-        let mut arguments = [(&raw mut header).cast::<c_void>()];
-        let (grid, block) = ((header.worker_count, 1, 1), (BLOCK_THREADS, 1, 1));
-        let (page_count, input_bytes) = (header.page_count, header.input_bytes);
-        let bytes = SharedPlan { page_count, input_bytes }.shared_bytes();
-        let launch: unsafe fn(_, _, _, _, _, &mut [*mut c_void]) -> _ = if self.gpu.is_cooperative {
-            result::launch_cooperative_kernel
-        } else {
-            result::launch_kernel
-        };
-        // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
-        let launched =
-            unsafe { launch(self.kernel, grid, block, bytes, self.kernel_stream, &mut arguments) };
-        launched.map_err(wrap("launching the kernel"))?;
-        self.is_launched = true;
-        Ok(())
+    fn launch(&mut self, headers: &[ProgramHeader]) -> Result<()> {
+        self.pes.iter_mut().zip(headers).try_for_each(|(pe, header)| pe.launch(header))
     }
 
     fn check(&self) -> Result<()> {
-        self.make_current()?;
-        // SAFETY: this device's own stream.
-        match unsafe { sys::cuStreamQuery(self.kernel_stream) } {
-            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(()),
-            sys::CUresult::CUDA_SUCCESS => {
-                Err(Error::Fault("the kernel has ended without a fault record".into()))
-            }
-            error => Err(Error::Fault(format!("the kernel has failed: {}", DriverError(error)))),
-        }
+        self.pes.iter().try_for_each(Pe::check)
     }
 
     fn join(&mut self) {
-        if !std::mem::take(&mut self.is_launched) || self.make_current().is_err() {
-            return;
-        }
-        let begin = Instant::now();
-        // SAFETY: this device's own stream.
-        while unsafe { sys::cuStreamQuery(self.kernel_stream) }
-            == sys::CUresult::CUDA_ERROR_NOT_READY
-        {
-            if begin.elapsed() > STOP_TIME_MAX {
-                return;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
+        self.pes.iter_mut().for_each(Pe::join);
     }
 
     fn now_ns(&self) -> Option<u64> {
@@ -322,41 +205,15 @@ impl Device for CudaDevice {
 
 impl Drop for CudaDevice {
     fn drop(&mut self) {
+        // All kernels: each stores in the memory of the others.
         self.join();
-        if self.make_current().is_err() {
+        if self.pes[0].make_current().is_err() {
             return;
         }
-        // Errors have nobody to go to here, and the process frees what is left.
-        for address in self.memory.drain(..) {
-            // SAFETY: allocated by `allocate`, and the kernel has ended.
-            let _ = unsafe { result::free_sync(address) };
-        }
         for pointer in self.shared_memory.drain(..) {
-            // SAFETY: allocated by `reserve_shared`, and the kernel has ended.
+            // SAFETY: allocated by `reserve_shared`, and the kernels have ended. Errors have nobody to go
+            // to, and the process frees what is left.
             let _ = unsafe { result::free_host(pointer) };
-        }
-        // SAFETY: handles that this device made and that nothing uses any more.
-        unsafe {
-            let _ = stream::destroy(self.kernel_stream);
-            let _ = stream::destroy(self.copy_stream);
-            let _ = result::module::unload(self.module);
-            let _ = primary_ctx::release(self.device);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn embedded_ptx_is_for_its_chip_and_for_blocks_of_our_size() {
-        for (capability, text) in kernels() {
-            for line in
-                [format!(".target sm_{capability}\n"), format!(".maxntid {BLOCK_THREADS}, 1, 1\n")]
-            {
-                assert!(text.contains(&line), "{line:?} is not in the PTX for sm_{capability}");
-            }
         }
     }
 }

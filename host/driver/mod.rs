@@ -1,7 +1,8 @@
 //! Devices: the ways to give workers memory and to start them.
 //!
 //! The engine speaks to every device through `Device`. Addresses are the device's own; memory from
-//! `reserve_shared` has one address for both sides.
+//! `reserve_shared` has one address for both sides. A device may be several that run a program together:
+//! processing elements (PEs), each with memory of its own.
 
 pub mod cpu;
 pub mod cuda;
@@ -16,9 +17,11 @@ use crate::error::Result;
 pub struct Profile {
     /// Name for people and JSON.
     pub name: String,
-    /// Workers unless the user says otherwise.
+    /// PEs.
+    pub pe_count: u32,
+    /// Workers of all PEs, unless the user says otherwise.
     pub worker_count: u32,
-    /// Workers at most.
+    /// Workers at most, likewise.
     pub worker_count_max: u32,
     /// Tokens of a step at most.
     pub step_tokens_max: u32,
@@ -38,46 +41,46 @@ pub struct Profile {
     pub host_spins: bool,
 }
 
-/// Memory and workers of one device.
+/// Memory and workers of one device, or of several together.
 pub trait Device: Send {
     /// What it is.
     fn profile(&self) -> &Profile;
 
-    /// The address at which workers find `bytes`, which the caller keeps until the device is gone.
+    /// The address at which the workers of a PE find `bytes`, which the caller keeps until the device is gone.
     ///
     /// Errors: memory that is not there.
-    fn place(&mut self, bytes: &[u8]) -> Result<u64>;
+    fn place(&mut self, pe: u32, bytes: &[u8]) -> Result<u64>;
 
-    /// Zeroed memory of the device.
+    /// Zeroed memory of a PE.
     ///
     /// Errors: memory that is not there.
-    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64>;
+    fn reserve(&mut self, pe: u32, what: &str, bytes: u64) -> Result<u64>;
 
     /// The same for a heap, at whose end is the cache of keys and values, of which a sequence needs as much as it
     /// is long.
-    fn reserve_heap(&mut self, plan: &HeapPlan) -> Result<u64> {
-        self.reserve("the heap", plan.total_bytes)
+    fn reserve_heap(&mut self, pe: u32, plan: &HeapPlan) -> Result<u64> {
+        self.reserve(pe, "the heap", plan.total_bytes)
     }
 
-    /// Zeroed memory that the host and the device both reach, at the same address.
+    /// Zeroed memory that the host and all PEs reach, at the same address.
     ///
     /// Errors: memory that is not there.
     fn reserve_shared(&mut self, what: &str, bytes: u64) -> Result<u64>;
 
-    /// Copies `bytes` to an address from `reserve`, before the launch.
+    /// Copies `bytes` to an address from `reserve` for the PE, before the launch.
     ///
     /// Errors: what the driver says.
-    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()>;
+    fn write(&mut self, pe: u32, address: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies from an address of `reserve` that no worker writes meanwhile.
+    /// Copies from an address of `reserve` for the PE that no worker writes meanwhile.
     ///
     /// Errors: what the driver says.
-    fn read(&self, address: u64, out: &mut [u8]) -> Result<()>;
+    fn read(&self, pe: u32, address: u64, out: &mut [u8]) -> Result<()>;
 
-    /// Starts the workers.
+    /// Starts the workers of all PEs, of each with its header.
     ///
     /// Errors: what the driver says.
-    fn launch(&mut self, header: &ProgramHeader) -> Result<()>;
+    fn launch(&mut self, headers: &[ProgramHeader]) -> Result<()>;
 
     /// An error if a worker has ended.
     ///

@@ -1,8 +1,8 @@
 //! Binding: a checkpoint's tensors become the addresses in a program's tasks.
 
 use tilert_mk_model::config::ModelConfig;
-use tilert_mk_model::lower::{Program, named_place};
-use tilert_mk_model::weights::{Dtype, WeightSource};
+use tilert_mk_model::lower::{Program, Tensor, named_place};
+use tilert_mk_model::weights::{Dtype, TensorView, WeightSource};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
 use tilert_mk_shared::trace::TraceRecord;
@@ -95,7 +95,9 @@ pub(super) fn format_of(weights: Dtype) -> WeightFormat {
     }
 }
 
-/// Replaces weight names in tasks by addresses; norms and biases are widened into `vectors`.
+/// Replaces weight names in tasks by addresses; norms and biases are widened into `vectors`. The tasks as
+/// each PE has them: weights are on the PE of the worker that has the task, and a task that is another's
+/// has no addresses.
 pub(super) fn bind(
     program: &Program,
     weights: &dyn WeightSource,
@@ -103,24 +105,74 @@ pub(super) fn bind(
     vectors: &mut Vec<Vec<f32>>,
     dtype: Dtype,
     progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<Task>> {
+) -> Result<Vec<Vec<Task>>> {
+    let pe_count = device.profile().pe_count;
+    let homes = homes(program, pe_count);
     let is_blocked = program.format.is_blocked();
     let packs = is_blocked || dtype == Dtype::Bf16 && device.profile().packs_weights;
-    let is_stored = stored_tensors(program, packs);
-    let mut views = Vec::new();
-    let mut bases = Vec::new();
-    for (tensor, is_stored) in program.tensors.iter().zip(is_stored) {
+    let views = views(program, weights, dtype)?;
+    let packed =
+        if packs { pack::upload(program, &homes, &views, device, progress)? } else { Vec::new() };
+    let mut bound = Vec::with_capacity(pe_count as usize);
+    for pe in 0..pe_count {
+        let mut tasks = program.tasks.clone();
+        let is_mine = |task_idx: usize| homes[task_idx] == pe;
+        let is_stored = stored_tensors(program, packs, is_mine);
+        let mut bases = Vec::with_capacity(views.len());
+        for (view, is_stored) in views.iter().zip(is_stored) {
+            bases.push(if !is_stored {
+                0
+            } else if view.shape.len() == 1 {
+                vectors.push(view.to_f32());
+                device.place(pe, bytes_of(&vectors[vectors.len() - 1]))?
+            } else {
+                device.place(pe, view.data)?
+            });
+        }
+        for (task_idx, task) in tasks.iter_mut().enumerate() {
+            for reference in &mut task.refs {
+                if let Some((index, byte)) = named_place(*reference) {
+                    *reference = if is_mine(task_idx) { bases[index] + byte } else { 0 };
+                }
+            }
+        }
+        for (task_idx, address) in packed.iter().filter(|(task_idx, _)| is_mine(*task_idx)) {
+            // Segments touch in packed weights: the first one's address is that of all.
+            tasks[*task_idx].refs[LINEAR_WEIGHTS[0]] = *address;
+        }
+        bound.push(tasks);
+    }
+    Ok(bound)
+}
+
+/// The PE of each task: that of the worker in whose queue it is.
+fn homes(program: &Program, pe_count: u32) -> Vec<u32> {
+    let (_, own) = program.queue_spans.split_last().unwrap_or((&QueueSpan::default(), &[]));
+    let per_pe = own.len().div_ceil(pe_count as usize).max(1);
+    let mut homes = vec![0; program.tasks.len()];
+    for (pe, spans) in (0u32..).zip(own.chunks(per_pe)) {
+        for span in spans {
+            for task_idx in &program.queue_entries[span.first as usize..][..span.count as usize] {
+                homes[*task_idx as usize] = pe;
+            }
+        }
+    }
+    homes
+}
+
+/// The program's tensors.
+///
+/// Errors: one that is missing; matrices that differ in type.
+fn views<'a>(
+    program: &Program,
+    weights: &'a dyn WeightSource,
+    dtype: Dtype,
+) -> Result<Vec<TensorView<'a>>> {
+    let view = |tensor: &Tensor| {
         let view = weights
             .tensor(&tensor.name)
             .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
-        views.push(view);
-        if tensor.shape.len() == 1 {
-            let values = view.to_f32();
-            bases.push(device.place(bytes_of(&values))?);
-            vectors.push(values);
-        } else if view.dtype == dtype {
-            bases.push(if is_stored { device.place(view.data)? } else { 0 });
-        } else {
+        if tensor.shape.len() > 1 && view.dtype != dtype {
             return Err(Error::Request(format!(
                 "the tensor {} is {}, but the embedding is {}; matrices must have one type",
                 tensor.name,
@@ -128,27 +180,20 @@ pub(super) fn bind(
                 dtype.name()
             )));
         }
-    }
-    let mut tasks = program.tasks.clone();
-    let packed = if packs { pack::upload(program, &views, device, progress)? } else { Vec::new() };
-    for task in &mut tasks {
-        for reference in &mut task.refs {
-            if let Some((index, byte)) = named_place(*reference) {
-                *reference = bases[index] + byte;
-            }
-        }
-    }
-    for (task_idx, address) in packed {
-        // Segments touch in packed weights: the first one's address is that of all.
-        tasks[task_idx].refs[LINEAR_WEIGHTS[0]] = address;
-    }
-    Ok(tasks)
+        Ok(view)
+    };
+    program.tensors.iter().map(view).collect()
 }
 
-/// Which tensors some task wants as the checkpoint stores them; `packs`: linear tasks do not.
-pub(super) fn stored_tensors(program: &Program, packs: bool) -> Vec<bool> {
+/// Which tensors some task that `counts` wants as the checkpoint stores them, or a vector widened; `packs`:
+/// linear tasks do not want matrices so.
+pub(super) fn stored_tensors(
+    program: &Program,
+    packs: bool,
+    counts: impl Fn(usize) -> bool,
+) -> Vec<bool> {
     let mut is_stored = vec![false; program.tensors.len()];
-    for task in &program.tasks {
+    for (_, task) in program.tasks.iter().enumerate().filter(|(idx, _)| counts(*idx)) {
         let is_packed = packs && task.opcode == Opcode::Linear as u16;
         for (ref_idx, reference) in task.refs.iter().enumerate() {
             let is_replaced = is_packed && LINEAR_WEIGHTS.contains(&ref_idx);

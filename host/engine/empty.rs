@@ -40,8 +40,8 @@ impl Engine {
         let mut engine =
             Engine::build(config, program, device, weights, dtype, options, &mut |_, _| {})?;
         engine.prepare()?;
-        let address = engine.header.heap + engine.header.plan.logits;
-        engine.device.write(address, bytes_of(&made_up_logits(vocab_size)))?;
+        let address = engine.header().heap + engine.header().plan.logits;
+        engine.device.write(0, address, bytes_of(&made_up_logits(vocab_size)))?;
         engine.launch()?;
         Ok(engine)
     }
@@ -93,7 +93,7 @@ impl Engine {
         let machine = Thread { isa: Isa::detect(), idling: Idling::Yield, clock: self.clock };
         // SAFETY: all workers have been joined, so this is the only one; the engine keeps the memory
         // that the header and its tasks name, and no task is run.
-        let worker = unsafe { Worker::new(&self.header, 0, &machine, Progress::NONE) };
+        let worker = unsafe { Worker::new(self.header(), 0, &machine, Progress::NONE) };
         loop {
             let begin = Instant::now();
             for _ in 0..batch {

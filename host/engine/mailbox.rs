@@ -18,20 +18,20 @@ use crate::error::{Error, Result};
 impl Engine {
     pub(super) fn word(&self, offset: usize) -> &HostCounter {
         // SAFETY: the mailbox lives as long as the device; its words are only used as counters.
-        unsafe { HostCounter::at(self.header.mailbox + offset as u64) }
+        unsafe { HostCounter::at(self.header().mailbox + offset as u64) }
     }
 
     /// The device's clock when it began; after `ready`.
     pub(super) fn started_ns(&self) -> u64 {
-        let address = self.header.mailbox + offset_of!(Mailbox, clock_ns) as u64;
+        let address = self.header().mailbox + offset_of!(Mailbox, clock_ns) as u64;
         // SAFETY: a word of the mailbox that the device wrote before `ready`, and never again.
         unsafe { Span::<u64>::new(address, 1) }.read(0)
     }
 
     /// Fills a slot's row of the prompts; before the command that names it.
     pub(super) fn write_prompt(&self, slot: u32, prompt: &[u32]) {
-        let context = self.header.dims.kv.context_max;
-        let address = self.header.prompts + u64::from(slot) * u64::from(context) * 4;
+        let context = self.header().dims.kv.context_max;
+        let address = self.header().prompts + u64::from(slot) * u64::from(context) * 4;
         // SAFETY: the row of a free slot, which the device does not read before its command.
         let row: Span<u32> = unsafe { Span::new(address, context as usize) };
         row.sub(0, prompt.len()).as_mut_slice().copy_from_slice(prompt);
@@ -42,7 +42,7 @@ impl Engine {
     /// Bounds: the device reads all commands before each step, whatever outputs wait for the host,
     /// so the wait is as long as a step, or as the limit after which a step is a fault.
     pub(super) fn command(&self, kind: CommandKind, slot: u32, params: SequenceParams) {
-        let ring = self.header.mailbox + offset_of!(Mailbox, commands) as u64;
+        let ring = self.header().mailbox + offset_of!(Mailbox, commands) as u64;
         // SAFETY: the ring is in the mailbox; the device does not read past `command_tail`.
         let ring: Span<Command> = unsafe { Span::new(ring, COMMAND_COUNT_MAX as usize) };
         let tail_word = self.word(offset_of!(Mailbox, command_tail));
@@ -67,7 +67,7 @@ impl Engine {
         if head == tail {
             return self.check_stop().map(|()| None);
         }
-        let ring = self.header.mailbox + offset_of!(Mailbox, outputs) as u64;
+        let ring = self.header().mailbox + offset_of!(Mailbox, outputs) as u64;
         // SAFETY: the ring is in the mailbox; records before `output_tail` are complete.
         let ring: Span<Output> = unsafe { Span::new(ring, OUTPUT_COUNT_MAX as usize) };
         Ok(Some(ring.read((head % OUTPUT_COUNT_MAX) as usize)))
@@ -93,7 +93,7 @@ impl Engine {
             return Ok(());
         }
         // SAFETY: the record lives as long as the device and is complete once `stop` says so.
-        let fault: Span<FaultRecord> = unsafe { Span::new(self.header.fault, 1) };
+        let fault: Span<FaultRecord> = unsafe { Span::new(self.header().fault, 1) };
         let fault = fault.read(0);
         let code = FaultCode::from_raw(fault.code);
         Err(Error::Fault(match code {
@@ -126,11 +126,14 @@ impl Engine {
 
     /// A worker's traced tasks in the order of time; after its end.
     pub(super) fn trace_of(&self, worker_idx: u32) -> Result<Vec<TraceRecord>> {
-        let capacity = self.header.trace_capacity as usize;
+        // Each PE has a ring for every worker, and fills its own.
+        let pe = worker_idx / (self.header().worker_count / self.header().pe_count);
+        let header = &self.headers[pe as usize];
+        let capacity = header.trace_capacity as usize;
         let mut records = vec![TraceRecord::default(); capacity];
         let ring_bytes = size_of_val(records.as_slice()) as u64;
-        let address = self.header.trace + u64::from(worker_idx) * ring_bytes;
-        self.device.read(address, bytes_of_mut(&mut records))?;
+        let address = header.trace + u64::from(worker_idx) * ring_bytes;
+        self.device.read(pe, address, bytes_of_mut(&mut records))?;
         records.retain(|record| record.epoch != 0);
         records.sort_by_key(|record| record.started_ns);
         Ok(records)

@@ -35,11 +35,13 @@ struct Piece<'a> {
     segments: Vec<StoredRows<'a>>,
 }
 
-/// Packs and uploads the weights of all linear tasks; the tasks' indices and addresses.
+/// Packs and uploads the weights of all linear tasks, each to its home, a PE; the tasks' indices and
+/// addresses.
 ///
 /// Errors: weights that cannot be quantised; memory that is not there; what the driver says.
 pub(super) fn upload(
     program: &Program,
+    homes: &[u32],
     views: &[TensorView<'_>],
     device: &mut dyn Device,
     progress: &mut dyn FnMut(u64, u64),
@@ -48,12 +50,36 @@ pub(super) fn upload(
     let tasks = program.tasks.iter().enumerate();
     let linear = tasks.filter(|(_, task)| task.opcode == Opcode::Linear as u16);
     let pieces = linear.map(|(task_idx, task)| piece(task_idx, task, views, &scales));
-    let pieces = pieces.collect::<Result<Vec<_>>>()?;
-    let total = pieces.iter().map(|piece| piece.byte_count as u64).sum();
-    let base = device.reserve("the weights", total)?;
+    let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
+    let home = |piece: &Piece| homes[piece.task_idx];
+    pieces.sort_by_key(home);
+    let total = bytes_of_all(&pieces);
+    let (mut places, mut before) = (Vec::with_capacity(pieces.len()), 0);
+    for pieces in pieces.chunk_by(|a, b| home(a) == home(b)) {
+        let own = upload_to(home(&pieces[0]), pieces, device, &mut |done| {
+            progress(before + done, total);
+        })?;
+        places.extend(own);
+        before += bytes_of_all(pieces);
+    }
+    Ok(places)
+}
+
+fn bytes_of_all(pieces: &[Piece<'_>]) -> u64 {
+    pieces.iter().map(|piece| piece.byte_count as u64).sum()
+}
+
+/// The same for the tasks of one PE; `progress` hears of bytes done.
+fn upload_to(
+    pe: u32,
+    pieces: &[Piece<'_>],
+    device: &mut dyn Device,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Vec<(usize, u64)>> {
+    let base = device.reserve(pe, "the weights", bytes_of_all(pieces))?;
     let (mut places, mut done) = (Vec::with_capacity(pieces.len()), 0);
     let mut buffer = Vec::new();
-    let mut rest = pieces.as_slice();
+    let mut rest = pieces;
     while !rest.is_empty() {
         let mut bytes = 0;
         let mut count = 0;
@@ -67,9 +93,9 @@ pub(super) fn upload(
         buffer.clear();
         buffer.resize(bytes, 0);
         pack_all(batch, &mut buffer)?;
-        device.write(base + done, &buffer)?;
+        device.write(pe, base + done, &buffer)?;
         done += bytes as u64;
-        progress(done, total);
+        progress(done);
         rest = after;
     }
     Ok(places)

@@ -8,7 +8,7 @@ use tilert_mk_shared::sample::SamplingParams;
 use crate::driver::Device;
 use crate::driver::cpu::CpuDevice;
 use crate::driver::cuda::CudaDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Where a model comes from.
 pub enum ModelSource<'a> {
@@ -25,19 +25,25 @@ pub enum DeviceKind {
     Auto,
     /// One thread for each worker.
     Cpu,
-    /// The first NVIDIA GPU: one block for each worker.
+    /// NVIDIA GPUs, from the first on: one block for each worker.
     Cuda,
 }
 
 impl DeviceKind {
-    /// Opens the device; with `polls_busily`, workers of a CPU never give up their cores.
+    /// Opens the device, or `count` of them that run a program together; with `polls_busily`, workers of a
+    /// CPU never give up their cores.
     ///
-    /// Errors: a GPU that was asked for by name and cannot be used.
-    pub fn open(self, polls_busily: bool) -> Result<Box<dyn Device>> {
+    /// Errors: a GPU that was asked for by name and cannot be used; several devices that are not GPUs.
+    pub fn open(self, count: u32, polls_busily: bool) -> Result<Box<dyn Device>> {
         match self {
+            DeviceKind::Cpu if count > 1 => {
+                let message = format!("--devices {count} needs --device cuda: a CPU is one device");
+                Err(Error::Usage(message))
+            }
             DeviceKind::Cpu => Ok(Box::new(CpuDevice::new(polls_busily))),
-            DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(0)?)),
-            DeviceKind::Auto => match CudaDevice::open(0) {
+            DeviceKind::Auto if count > 1 => DeviceKind::Cuda.open(count, polls_busily),
+            DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(count)?)),
+            DeviceKind::Auto => match CudaDevice::open(1) {
                 Ok(device) => Ok(Box::new(device)),
                 Err(_) => Ok(Box::new(CpuDevice::new(polls_busily))),
             },

@@ -37,14 +37,14 @@ impl Summary {
 impl Engine {
     /// Whether workers read the memory that the host reads: its bandwidth bounds them.
     pub fn runs_on_host_memory(&self) -> bool {
-        self.header.page_count == 0
+        self.header().page_count == 0
     }
 
     /// Bytes of all weights, as the checkpoint stores them or as they were quantised.
     pub fn weight_bytes(&self) -> u64 {
         let is_blocked = self.program.format.is_blocked();
         let quantised = if is_blocked { self.bytes_per_token() } else { 0 };
-        let kept = stored_tensors(&self.program, is_blocked);
+        let kept = stored_tensors(&self.program, is_blocked, |_| true);
         let kept = self.program.tensors.iter().zip(kept).filter(|(_, is_kept)| *is_kept);
         let views = kept.filter_map(|(tensor, _)| self.weights.tensor(&tensor.name));
         quantised + views.map(|view| view.data.len() as u64).sum::<u64>()

@@ -8,7 +8,7 @@ use tilert_mk_shared::task::{EmptyArgs, Opcode, SampleArgs, Task};
 use super::{BEGIN, CONTROL_HOME, END, LowerError, LowerOptions, Program, lower};
 use crate::config::ModelConfig;
 use crate::schedule::queues;
-use crate::validate::{ValidateError, validate_order};
+use crate::validate::{ValidateError, check_dims, validate_order};
 
 /// The empty tasks of a step, between admission and sampling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,22 +17,41 @@ pub struct EmptyShape {
     pub stage_count: u32,
     /// Tasks of a stage. They go to the workers in turns, and each stage begins with another worker.
     pub stage_tasks: u32,
+    /// Values that a task leaves, where it leaves any.
+    pub task_values: u32,
+    /// Whether tasks exchange values in pairs: each looks only at what the one has left that is half a stage
+    /// further, on several devices one of another. There is then a task of each worker, always the same.
+    pub is_paired: bool,
 }
 
 impl EmptyShape {
-    /// Bytes of the values of a stage's tasks.
-    fn values_bytes(&self) -> u64 {
-        u64::from(self.stage_tasks.next_multiple_of(STAMPED_GROUP)) * 4
+    /// Stages of tasks that leave a value each and look at those of all.
+    pub fn new(stage_count: u32, stage_tasks: u32) -> EmptyShape {
+        EmptyShape { stage_count, stage_tasks, task_values: 1, is_paired: false }
+    }
+
+    /// Values of a stage's tasks, and what is left free after them.
+    fn value_count(&self) -> u64 {
+        let values = u64::from(self.stage_tasks) * u64::from(self.task_values);
+        values.next_multiple_of(STAMPED_GROUP.into())
     }
 
     /// What a task of a stage looks at and leaves, from heap offset `first` on. Values of stages lie in two
     /// places in turns: a stage's are read before those of the stage after the next are stored.
     fn args(&self, first: u64, stage: u32, task: u32) -> EmptyArgs {
-        let values = |stage: u32| first + u64::from(stage % 2) * self.values_bytes();
+        let values = |stage: u32, task: u32| {
+            let value = u64::from(stage % 2) * self.value_count()
+                + u64::from(task) * u64::from(self.task_values);
+            first + value * 4
+        };
+        let other =
+            if self.is_paired { (task + self.stage_tasks / 2) % self.stage_tasks } else { 0 };
+        let seen = if self.is_paired { 1 } else { self.stage_tasks };
         EmptyArgs {
-            count: if stage == 0 { 0 } else { self.stage_tasks },
-            from: values(stage + 1),
-            to: values(stage) + u64::from(task) * 4,
+            count: if stage == 0 { 0 } else { seen * self.task_values },
+            from: values(stage + 1, other),
+            len: self.task_values,
+            to: values(stage, task),
             // Sampling does not look at values.
             is_announced: stage + 1 < self.stage_count,
         }
@@ -51,13 +70,19 @@ pub fn lower_empty(
 ) -> Result<Program, LowerError> {
     let workers = options.worker_count;
     let sized = lower(config, options)?;
-    let plan = &sized.plan;
     // The signal of a worker's task of the last stage orders what it has read of the step before the next.
     let is_stamped = options.is_stamped && shape.stage_tasks >= workers;
-    let (value, limit) = (2 * shape.values_bytes(), plan.logits - plan.hidden);
-    if is_stamped && value > limit {
-        let what = "the values of empty stages in bytes";
-        return Err(ValidateError::Limit { what, value, limit }.into());
+    if shape.is_paired && (shape.stage_tasks != workers || !workers.is_multiple_of(2)) {
+        let (found, expected) = (shape.stage_tasks.into(), workers.next_multiple_of(2).into());
+        return Err(ValidateError::Count { what: "tasks in pairs", found, expected }.into());
+    }
+    let mut dims = Dims { head_task_count: 0, ..sized.dims };
+    if is_stamped {
+        // Room for the values of two stages.
+        let row = (2 * shape.value_count()).div_ceil(dims.step_tokens_max.into());
+        let row = u32::try_from(row).unwrap_or(u32::MAX);
+        dims.intermediate_dim = dims.intermediate_dim.max(row);
+        check_dims(&dims, workers.into())?;
     }
     let mut steps = Steps { arrivals: vec![1, 1], ..Steps::default() };
     steps.push(Task::new(Opcode::Admit), [END, BEGIN], CONTROL_HOME, "admit".into());
@@ -66,9 +91,9 @@ pub fn lower_empty(
         let done = EventId(steps.arrivals.len() as u32);
         steps.arrivals.push(shape.stage_tasks);
         for task in 0..shape.stage_tasks {
-            let home = (stage + task) % workers;
+            let home = (if shape.is_paired { task } else { stage + task }) % workers;
             let args = if is_stamped {
-                shape.args(plan.hidden, stage, task)
+                shape.args(sized.plan.hidden, stage, task)
             } else {
                 EmptyArgs::default()
             };
@@ -85,7 +110,6 @@ pub fn lower_empty(
         steps.push(Task::new(Opcode::Empty), [BEGIN, EventId::NONE], worker, name);
     }
     let (queue_spans, queue_entries) = queues(&steps.homes, workers);
-    let dims = Dims { head_task_count: 0, ..sized.dims };
     let program = Program {
         dims,
         plan: HeapPlan::new(&dims, workers, steps.arrivals.len() as u32, steps.tasks.len() as u32),
@@ -149,7 +173,7 @@ mod tests {
         let [stage_count, stage_tasks] = shape;
         let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
         let options = options(worker_count, is_stamped);
-        lower_empty(&config, &options, &EmptyShape { stage_count, stage_tasks }).unwrap()
+        lower_empty(&config, &options, &EmptyShape::new(stage_count, stage_tasks)).unwrap()
     }
 
     #[test]
@@ -177,9 +201,29 @@ mod tests {
     }
 
     #[test]
+    fn tasks_in_pairs_look_at_the_values_of_the_other_half() {
+        let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
+        let shape = EmptyShape { task_values: 1024, is_paired: true, ..EmptyShape::new(2, 4) };
+        let program = lower_empty(&config, &options(4, true), &shape).unwrap();
+        let plan = &program.plan;
+        assert!(plan.logits - plan.hidden >= 2 * 4 * 1024 * 4);
+        let args: Vec<_> = program.tasks[1..9].iter().map(EmptyArgs::unpack).collect();
+        for task in 0..4 {
+            let (first, second) = (&args[task], &args[4 + task]);
+            assert_eq!((first.count, first.len, second.count, second.len), (0, 1024, 1024, 1024));
+            assert_eq!(second.from, args[(task + 2) % 4].to);
+        }
+        let counts: Vec<u32> = program.queue_spans.iter().map(|span| span.count).collect();
+        assert_eq!(counts, [4, 2, 2, 2, 0]);
+        let odd = EmptyShape { is_paired: true, ..EmptyShape::new(2, 3) };
+        let refused = lower_empty(&config, &options(4, true), &odd);
+        assert!(matches!(refused, Err(LowerError::Invalid(ValidateError::Count { .. }))));
+    }
+
+    #[test]
     fn too_many_values_are_refused() {
         let config = ModelConfig::parse(include_str!("../demo/config.json")).unwrap();
-        let shape = EmptyShape { stage_count: 1, stage_tasks: 1 << 20 };
+        let shape = EmptyShape::new(1, 1 << 20);
         let refused = lower_empty(&config, &options(2, true), &shape);
         assert!(matches!(refused, Err(LowerError::Invalid(ValidateError::Limit { .. }))));
     }

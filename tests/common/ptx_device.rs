@@ -1,4 +1,4 @@
-//! The interpreter as a device: the engine drives the shipped PTX as it drives a GPU.
+//! The interpreter as a device: the engine drives the shipped PTX as it drives GPUs.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -27,7 +27,9 @@ const SHARED_FIRST: u32 = 1024;
 pub(crate) struct PtxOptions {
     /// PTX text.
     pub(crate) text: String,
-    /// Blocks.
+    /// GPUs that run the program together.
+    pub(crate) devices: u32,
+    /// Blocks of all of them.
     pub(crate) workers: u32,
     /// Shared memory of a block.
     pub(crate) shared_bytes: u32,
@@ -54,7 +56,7 @@ pub(crate) struct PtxDevice {
     profile: Profile,
     module: Module,
     edit_tasks: fn(&mut [Task]),
-    device: DeviceId,
+    devices: Vec<DeviceId>,
     vm: Arc<Mutex<Vm>>,
     shared: Vec<HostMemory>,
     runner: Option<JoinHandle<()>>,
@@ -78,9 +80,11 @@ impl PtxDevice {
             ns_per_step: 10,
             step_limit: STEP_LIMIT,
         });
-        let device = vm.add_device("gpu 0");
+        let devices: Vec<_> =
+            (0..options.devices).map(|pe| vm.add_device(&format!("gpu {pe}"))).collect();
         let profile = Profile {
             name: "ptxvm".into(),
+            pe_count: options.devices,
             worker_count: options.workers,
             worker_count_max: options.workers,
             step_tokens_max: GPU_STEP_TOKENS_MAX,
@@ -97,7 +101,7 @@ impl PtxDevice {
             profile,
             module,
             edit_tasks: options.edit_tasks,
-            device,
+            devices,
             vm: Arc::new(Mutex::new(vm)),
             shared: Vec::new(),
             runner: None,
@@ -113,6 +117,45 @@ impl PtxDevice {
         let vm = self.vm.lock();
         self.host_waits.fetch_sub(1, Ordering::AcqRel);
         vm.expect("no thread of the interpreter has panicked")
+    }
+
+    /// Launches the kernel on one device.
+    fn launch_on(&self, device: DeviceId, header: &ProgramHeader) -> Result<()> {
+        self.edit(header)?;
+        let mut vm = self.vm();
+        for pair in header.plan.regions().windows(2) {
+            let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
+            vm.name_range(heap + first, end - first, name).map_err(wrap)?;
+            // What the first device alone uses is no other's.
+            let is_used = match name {
+                "sequences" | "mailbox_view" => header.first_worker == 0,
+                _ => matches!(name, "events" | "stamped"),
+            };
+            if is_used {
+                vm.fill(heap + first, 0, end - first).map_err(wrap)?;
+            }
+        }
+        let near = SharedPlan { input_bytes: header.input_bytes, page_count: header.page_count };
+        // SAFETY: a plain structure of integers and floats without padding.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(
+                (header as *const ProgramHeader).cast::<u8>(),
+                size_of::<ProgramHeader>(),
+            )
+        };
+        let grid = header.worker_count / header.pe_count;
+        let arguments = [Arg::Bytes(bytes.to_vec())];
+        vm.launch(
+            device,
+            &self.module,
+            "tilert_mk",
+            grid,
+            BLOCK_THREADS,
+            near.shared_bytes(),
+            &arguments,
+        )
+        .map(|_| ())
+        .map_err(wrap)
     }
 
     /// Lets the test change the uploaded tasks.
@@ -160,8 +203,8 @@ impl Device for PtxDevice {
         &self.profile
     }
 
-    fn place(&mut self, bytes: &[u8]) -> Result<u64> {
-        let device = self.device;
+    fn place(&mut self, pe: u32, bytes: &[u8]) -> Result<u64> {
+        let device = self.devices[pe as usize];
         let mut vm = self.vm();
         let address = vm.alloc(device, "weights", bytes.len() as u64, 256);
         vm.write(address, bytes).map_err(wrap)?;
@@ -169,10 +212,10 @@ impl Device for PtxDevice {
         Ok(address)
     }
 
-    fn reserve(&mut self, what: &str, bytes: u64) -> Result<u64> {
+    fn reserve(&mut self, pe: u32, what: &str, bytes: u64) -> Result<u64> {
         // Not filled: the heap's zeros are promised for what `launch` fills, and a read of anything
         // else before it is written is a mistake.
-        let device = self.device;
+        let device = self.devices[pe as usize];
         Ok(self.vm().alloc(device, what, bytes, 256))
     }
 
@@ -186,50 +229,20 @@ impl Device for PtxDevice {
         Ok(unsafe { self.vm().map_host(what, pointer.add(skip), bytes) })
     }
 
-    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<()> {
+    fn write(&mut self, _pe: u32, address: u64, bytes: &[u8]) -> Result<()> {
         self.vm().write(address, bytes).map_err(wrap)
     }
 
-    fn read(&self, address: u64, out: &mut [u8]) -> Result<()> {
+    fn read(&self, _pe: u32, address: u64, out: &mut [u8]) -> Result<()> {
         self.vm().read(address, out).map_err(wrap)
     }
 
-    fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
-        self.edit(header)?;
-        let plan = &header.plan;
-        let regions = plan.regions();
-        {
-            let mut vm = self.vm();
-            let tasks = header.tasks;
-            vm.set_annotator(move |view| task_of(view, tasks));
-            for pair in regions.windows(2) {
-                let ([(name, first), (_, end)], heap) = ([pair[0], pair[1]], header.heap);
-                vm.name_range(heap + first, end - first, name).map_err(wrap)?;
-                if matches!(name, "sequences" | "mailbox_view" | "events" | "stamped") {
-                    vm.fill(heap + first, 0, end - first).map_err(wrap)?;
-                }
-            }
+    fn launch(&mut self, headers: &[ProgramHeader]) -> Result<()> {
+        let tasks = headers[0].tasks;
+        self.vm().set_annotator(move |view| task_of(view, tasks));
+        for (device, header) in self.devices.iter().zip(headers) {
+            self.launch_on(*device, header)?;
         }
-        let near = SharedPlan { input_bytes: header.input_bytes, page_count: header.page_count };
-        // SAFETY: a plain structure of integers and floats without padding.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(
-                (header as *const ProgramHeader).cast::<u8>(),
-                size_of::<ProgramHeader>(),
-            )
-        };
-        let arguments = [Arg::Bytes(bytes.to_vec())];
-        let (grid, shared_bytes) = (header.worker_count, near.shared_bytes());
-        let launched = self.vm().launch(
-            self.device,
-            &self.module,
-            "tilert_mk",
-            grid,
-            BLOCK_THREADS,
-            shared_bytes,
-            &arguments,
-        );
-        launched.map_err(wrap)?;
         let (vm, host_waits) = (self.vm.clone(), self.host_waits.clone());
         let bursts_left = self.bursts_left.clone();
         self.runner = Some(std::thread::spawn(move || {

@@ -9,13 +9,13 @@ use crate::{answer, run_clean, shipped};
 const TOLERANCE: f32 = 1e-4;
 
 /// Query heads, key heads and values of a head; Qwen's heads have norms.
-type Heads = (u32, u32, u32, &'static str);
+pub(crate) type Heads = (u32, u32, u32, &'static str);
 /// Values of a row between layers, and between gate and down.
-type Rows = [u32; 2];
-const SHORT: Rows = [64, 64];
+pub(crate) type Rows = [u32; 2];
+pub(crate) const SHORT: Rows = [64, 64];
 
 /// Logits after each token of a prompt of `len`, with random weights and one layer.
-fn logits(
+pub(crate) fn logits(
     device: Box<dyn Device>,
     heads: Heads,
     [hidden, intermediate]: Rows,
@@ -51,7 +51,7 @@ fn logits(
 /// Compares the kernel with the CPU; its bits are the same in all widths and with all workers.
 fn check(heads: Heads, rows: Rows, len: u32, runs: &[(u32, u32, u32)]) {
     let expected =
-        logits(DeviceKind::Cpu.open(false).expect("the CPU is there"), heads, rows, 8, len);
+        logits(DeviceKind::Cpu.open(1, false).expect("the CPU is there"), heads, rows, 8, len);
     let mut first: [Option<Vec<Vec<f32>>>; 2] = [None, None];
     for (capability, workers, width) in runs {
         let what =

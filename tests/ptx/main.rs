@@ -4,6 +4,7 @@ mod edit;
 mod empty;
 mod golden;
 mod heads;
+mod peers;
 mod planted;
 #[path = "../common/ptx_device.rs"]
 mod ptx_device;
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use ptx_device::{PtxDevice, PtxOptions};
 use tilert_mk::driver::Device;
-use tilert_mk::driver::cuda::kernels;
+use tilert_mk::driver::cuda::{Kernel, kernels};
 use tilert_mk::engine::{Engine, EngineOptions, Event, ModelSource, Request};
 use tilert_mk::error::Error;
 
@@ -91,10 +92,18 @@ fn output(engine: &mut Engine, request: &Request) -> Result<Output, Error> {
 
 /// The shipped PTX for `capability`, unchanged.
 fn shipped(capability: u32, workers: u32, seed: u64) -> PtxOptions {
-    let (_, text) = kernels().find(|(kind, _)| *kind == capability).expect("the kernel is built");
+    let is_it = |kernel: &Kernel| kernel.capability == capability && !kernel.has_peers;
+    let text = kernels().find(is_it).expect("the kernel is built").text;
     let bytes = SHARED_BYTES.iter().find(|(kind, _)| *kind == capability);
     let shared_bytes = bytes.map_or(0, |(_, bytes)| *bytes);
-    PtxOptions { text: text.to_owned(), workers, shared_bytes, seed, edit_tasks: |_| () }
+    PtxOptions {
+        text: text.to_owned(),
+        devices: 1,
+        workers,
+        shared_bytes,
+        seed,
+        edit_tasks: |_| (),
+    }
 }
 
 /// What `job` makes of a device that runs the PTX, which must be free of findings.

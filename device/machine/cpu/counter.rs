@@ -1,9 +1,9 @@
 //! The CPU machine's counters: atomic words with only the orders that the runtime uses.
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident, $atomic:ident, $value:ty) => {
@@ -68,6 +68,12 @@ impl EventCounter {
     pub fn add_relaxed(&self, arrivals: u32) {
         self.0.fetch_add(arrivals, Ordering::Relaxed);
     }
+}
+
+/// Orders earlier stores of this thread before its later ones.
+#[inline(always)]
+pub fn fence_release() {
+    fence(Ordering::Release);
 }
 
 impl HostCounter {

@@ -25,7 +25,7 @@ use super::record::record;
 use super::ring::PageCursor;
 use super::rows::NormAhead;
 use super::stamped::Looks;
-use super::{attention, best, empty, merge, multiply, ops, sreg, stamped, step};
+use super::{attention, best, empty, merge, multiply, ops, peer, sreg, stamped, step};
 use crate::machine::memory::Span;
 use crate::machine::{Attention, BestPlace, Finish, Join, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
@@ -138,6 +138,7 @@ impl Block {
 impl Machine for Block {
     const IS_STEALABLE: bool = false;
     const HAS_STAMPS: bool = true;
+    const HAS_PEERS: bool = peer::HAS_PEERS;
     type NormAhead = NormAhead;
 
     #[inline(always)]
@@ -158,6 +159,16 @@ impl Machine for Block {
     #[inline(always)]
     fn record<'a>(&self, _task: &'a Task) -> impl Deref<Target = Task> + 'a {
         record(self.slot.get())
+    }
+
+    #[inline(always)]
+    fn distance(&self, pe: u32) -> u64 {
+        peer::distance(pe)
+    }
+
+    #[inline(always)]
+    fn put_step(&self, step: Span<StepState>) {
+        step::put(self, step);
     }
 
     #[inline(always)]

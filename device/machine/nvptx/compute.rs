@@ -22,7 +22,7 @@ use super::memory::{
     store_shared_pair, store_shared_word,
 };
 use super::ring::RingCursor;
-use super::{barrier, sreg, step};
+use super::{barrier, peer, sreg, step};
 use crate::worker::{Claim, Progress, Worker};
 
 /// Runs tasks until the block stops.
@@ -52,7 +52,7 @@ fn loop_block(shared: u32, thread_idx: u32) -> Block {
 #[inline(always)]
 fn loop_worker(shared: u32, block: &Block, progress: Progress) -> Worker<'_, Block> {
     // SAFETY: by the contract of the kernel; blocks have different indices.
-    unsafe { Worker::new(reference_over_calls(shared), sreg::block_idx(), block, progress) }
+    unsafe { Worker::new(reference_over_calls(shared), peer::worker_idx(), block, progress) }
 }
 
 /// Runs the next task, and those that follow and are like it; false if the block stops.

@@ -7,8 +7,10 @@
 use core::arch::asm;
 use core::cell::UnsafeCell;
 
+use super::peer::scope;
+
 macro_rules! counter {
-    ($(#[$doc:meta])* $name:ident, $value:ty, $class:ident, $load:literal) => {
+    ($(#[$doc:meta])* $name:ident, $value:ty, $class:ident, $($load:tt)+) => {
         $(#[$doc])*
         #[repr(transparent)]
         pub struct $name(UnsafeCell<$value>);
@@ -30,7 +32,7 @@ macro_rules! counter {
                 let value: $value;
                 // SAFETY: `self` is an aligned word of global or host memory.
                 unsafe {
-                    asm!(concat!($load, " {v}, [{p}];"), v = out($class) value,
+                    asm!(concat!($($load)+, " {v}, [{p}];"), v = out($class) value,
                          p = in(reg64) self.0.get(), options(nostack));
                 }
                 value
@@ -40,8 +42,8 @@ macro_rules! counter {
 }
 
 counter! {
-    /// An event: blocks of one GPU add to it and poll it.
-    EventCounter, u32, reg32, "ld.relaxed.gpu.global.u32"
+    /// An event: blocks of all PEs add to it, and those of one poll it.
+    EventCounter, u32, reg32, "ld.relaxed.", scope!(), ".global.u32"
 }
 counter! {
     /// A word between the host and a GPU.
@@ -59,7 +61,7 @@ impl EventCounter {
         let value: u32;
         // SAFETY: `self` is an aligned word of global memory.
         unsafe {
-            asm!("ld.acquire.gpu.global.u32 {v}, [{p}];", v = out(reg32) value,
+            asm!(concat!("ld.acquire.", scope!(), ".global.u32 {v}, [{p}];"), v = out(reg32) value,
                  p = in(reg64) self.0.get(), options(nostack));
         }
         value
@@ -70,7 +72,7 @@ impl EventCounter {
     pub fn add_release(&self, arrivals: u32) {
         // SAFETY: `self` is an aligned word of global memory.
         unsafe {
-            asm!("red.release.gpu.global.add.u32 [{p}], {v};", p = in(reg64) self.0.get(),
+            asm!(concat!("red.release.", scope!(), ".global.add.u32 [{p}], {v};"), p = in(reg64) self.0.get(),
                  v = in(reg32) arrivals, options(nostack));
         }
     }
@@ -80,10 +82,17 @@ impl EventCounter {
     pub fn add_relaxed(&self, arrivals: u32) {
         // SAFETY: `self` is an aligned word of global memory.
         unsafe {
-            asm!("red.relaxed.gpu.global.add.u32 [{p}], {v};", p = in(reg64) self.0.get(),
+            asm!(concat!("red.relaxed.", scope!(), ".global.add.u32 [{p}], {v};"), p = in(reg64) self.0.get(),
                  v = in(reg32) arrivals, options(nostack));
         }
     }
+}
+
+/// Orders what the block stored before its last barrier before what this thread stores after.
+#[inline(always)]
+pub fn fence_release() {
+    // SAFETY: orders accesses.
+    unsafe { asm!(concat!("fence.acq_rel.", scope!(), ";"), options(nostack)) };
 }
 
 impl HostCounter {

@@ -8,23 +8,35 @@ use super::header::header;
 use super::stamped::{self, Looks};
 use crate::machine::memory::Span;
 
+/// Words that a lane looks at together.
+const WORDS: usize = 8;
+
 /// See `Machine::pass_on`.
 #[inline(always)]
 pub fn pass_on(block: &Block, from: Span<f32>, to: Span<f32>) {
     let (stamp, count) = (stamped::input_stamp(block, 0), from.len() as u32);
-    let mut index = block.thread_idx;
-    while index < count {
-        let place = stamped::place(&header(), from.address() + u64::from(index) * 4);
+    let mut base = block.thread_idx;
+    while base < count {
+        // All loads are in flight together.
         stamped::wait(block, Looks::AtOnce, || {
-            // SAFETY: a word of the heap.
-            let word = unsafe { stamped::load_word(place) };
-            ((), stamped::difference(&[word], stamp))
+            let mut words = stamped::zeros::<WORDS>(stamp);
+            for (step, word) in (0u32..).zip(&mut words) {
+                let index = base + step * COMPUTE_LANES;
+                if index < count {
+                    let address = from.address() + u64::from(index) * 4;
+                    // SAFETY: a word of the heap.
+                    *word = unsafe { stamped::load_word(stamped::place(&header(), address)) };
+                }
+            }
+            ((), stamped::difference(&words, stamp))
         });
-        index += COMPUTE_LANES;
+        base += WORDS as u32 * COMPUTE_LANES;
     }
     // Whoever has learned that the device stops tells the others, too.
     sync_compute();
-    if block.thread_idx == 0 {
-        stamped::store(to.address(), 0.0, stamped::output_stamp(block));
+    let (stamp, mut index) = (stamped::output_stamp(block), block.thread_idx);
+    while index < to.len() as u32 {
+        stamped::store(to.address() + u64::from(index) * 4, 0.0, stamp);
+        index += COMPUTE_LANES;
     }
 }

@@ -9,7 +9,7 @@ use super::best::best_of_warp;
 use super::block::Block;
 use super::header::header;
 use super::memory::{load_shared_f32, store_shared_f32};
-use super::{divide, multiply, rsqrt, sreg, stamped};
+use super::{divide, multiply, peer, rsqrt, sreg, stamped};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{BestPlace, Finish, Machine};
@@ -91,7 +91,8 @@ impl Block {
         }
         let best = best_of_warp(best);
         if lane == 0 {
-            word.write(0, best.0);
+            // SAFETY: the token's word of this task, in the heap of the PE that samples.
+            unsafe { (peer::on_first(word.address()) as *mut u64).write(best.0) };
         }
     }
 

@@ -5,7 +5,7 @@ use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER, LOOP_WORDS};
 
 use super::barrier::sync_block;
 use super::block::{Block, Kind};
-use super::{header, loader, memory, sreg};
+use super::{header, loader, memory, peer, sreg};
 use crate::worker::{Progress, Worker};
 
 /// Runs a program until it is stopped: one block of `BLOCK_THREADS` threads for each worker, all
@@ -44,7 +44,7 @@ fn load() -> ! {
     let header = header::reference(shared);
     let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, LOOP_WORDS);
     // SAFETY: by the contract of the kernel; blocks have different indices.
-    loader::load(&unsafe { Worker::new(header, sreg::block_idx(), &block, Progress::NONE) });
+    loader::load(&unsafe { Worker::new(header, peer::worker_idx(), &block, Progress::NONE) });
     sreg::exit()
 }
 

@@ -21,7 +21,7 @@ use super::feed::{Fed, Feed, NO_TASK};
 use super::memory::{load_shared_word, store_shared_pair, store_shared_word};
 use super::record::record;
 use super::ring::{PageCursor, RingCursor};
-use super::{barrier, copy, step, warp};
+use super::{barrier, copy, sreg, step, warp};
 use crate::worker::Worker;
 
 /// Bytes of a cache line.
@@ -100,7 +100,7 @@ pub fn load(worker: &Worker<Block>) {
         if args.token_rows == TokenRows::Logits && !has_logits(block, lane, fed.epoch) {
             continue;
         }
-        request_norm(worker, lane, &args);
+        request_norm(lane, &args);
         let goes_on = if is_packed {
             stream_packed(block, lane, packed(&args), task.signal_event.0)
         } else {
@@ -134,13 +134,13 @@ fn has_logits(block: &Block, lane: u32, epoch: u32) -> bool {
 /// Asks for the weights of a task's norm, which every block of its stage needs at its very begin;
 /// blocks ask for different lines. Weights stream through the cache meanwhile, so it has lost them.
 #[inline(always)]
-fn request_norm(worker: &Worker<Block>, lane: u32, args: &LinearArgs) {
+fn request_norm(lane: u32, args: &LinearArgs) {
     if args.norm_weight != 0 {
-        let mut line = lane * worker.header().worker_count + worker.worker_idx;
+        let mut line = lane * sreg::block_count() + sreg::block_idx();
         while line * LINE_BYTES < args.in_dim * 4 {
             // SAFETY: a line of the norm's weight, which the host has bound.
             unsafe { copy::request(args.norm_weight + u64::from(line * LINE_BYTES)) };
-            line += WARP_LANES * worker.header().worker_count;
+            line += WARP_LANES * sreg::block_count();
         }
     }
 }

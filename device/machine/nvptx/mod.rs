@@ -22,6 +22,7 @@ pub mod memory;
 pub mod merge;
 pub mod multiply;
 pub mod ops;
+pub mod peer;
 pub mod record;
 pub mod ring;
 pub mod rows;

@@ -19,7 +19,7 @@ use super::digest::Digest;
 use super::header::{self, reference};
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
 use super::record::record;
-use super::{compute, sreg, stamped, step};
+use super::{compute, peer, sreg, stamped, step};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Calls an op on a slot.
@@ -129,7 +129,7 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
         let kept = Kept::of_warp();
         let trace_count = kept.progress().trace_count;
         let progress = Progress { prologue: kept.prologue(), trace_count, ..Progress::NONE };
-        Worker::new(header, sreg::block_idx(), &block, progress)
+        Worker::new(header, peer::worker_idx(), &block, progress)
     };
     let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
     if result.is_err() {

@@ -30,6 +30,10 @@ register! {
     /// This block's index.
     block_idx = "ctaid.x"
 }
+register! {
+    /// Blocks of this device.
+    block_count = "nctaid.x"
+}
 
 /// The same value, of which the compiler knows nothing: what is computed from it is not kept.
 #[inline(always)]

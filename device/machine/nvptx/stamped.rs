@@ -19,6 +19,7 @@ use super::compute;
 use super::header::header;
 use super::loader::RECORD_BYTES;
 use super::memory::{Quad, load_shared_word, shared_base};
+use super::peer::{self, scope};
 use crate::event;
 use crate::machine::EventCounter;
 
@@ -235,14 +236,15 @@ pub fn store(address: u64, value: f32, stamp: u32) {
     let header = header();
     if is_stamped(&header, address) {
         let word = u64::from(stamp) << 32 | u64::from(value.to_bits());
-        // SAFETY: a word of the heap that this lane alone stores.
-        unsafe {
-            asm!("st.relaxed.gpu.global.b64 [{p}], {w};", p = in(reg64) place(&header, address),
-                 w = in(reg64) word, options(nostack));
-        }
+        let place = place(&header, address);
+        // SAFETY: a word of each PE's heap that this lane alone stores.
+        peer::for_each_heap(|distance| unsafe {
+            asm!(concat!("st.relaxed.", scope!(), ".global.b64 [{p}], {w};"),
+                 p = in(reg64) place.wrapping_add(distance), w = in(reg64) word, options(nostack));
+        });
     } else {
         // SAFETY: a value of the heap that this lane alone stores.
-        unsafe { (address as *mut f32).write(value) };
+        unsafe { (peer::on_first(address) as *mut f32).write(value) };
     }
 }
 
@@ -250,14 +252,15 @@ pub fn store(address: u64, value: f32, stamp: u32) {
 #[inline(always)]
 pub fn store_quad(address: u64, quad: Quad, stamp: u32) {
     let [a, b, c, d] = quad.map(|value| u64::from(stamp) << 32 | u64::from(value.to_bits()));
-    // SAFETY: words of the heap that this lane alone stores.
-    unsafe {
-        asm!("st.relaxed.gpu.global.v2.b64 [{p}], {{{a}, {b}}};",
-             "st.relaxed.gpu.global.v2.b64 [{p} + {h}], {{{c}, {d}}};",
-             p = in(reg64) place(&header(), address), h = const HALF_BYTES,
+    let place = place(&header(), address);
+    // SAFETY: words of each PE's heap that this lane alone stores.
+    peer::for_each_heap(|distance| unsafe {
+        asm!(concat!("st.relaxed.", scope!(), ".global.v2.b64 [{p}], {{{a}, {b}}};"),
+             concat!("st.relaxed.", scope!(), ".global.v2.b64 [{p} + {h}], {{{c}, {d}}};"),
+             p = in(reg64) place.wrapping_add(distance), h = const HALF_BYTES,
              a = in(reg64) a, b = in(reg64) b, c = in(reg64) c, d = in(reg64) d,
              options(nostack));
-    }
+    });
 }
 
 /// The word at an address from `place`.
@@ -269,7 +272,7 @@ pub unsafe fn load_word(place: u64) -> u64 {
     let word: u64;
     // SAFETY: by this function's contract.
     unsafe {
-        asm!("ld.relaxed.gpu.global.b64 {w}, [{p}];", w = out(reg64) word, p = in(reg64) place,
+        asm!(concat!("ld.relaxed.", scope!(), ".global.b64 {w}, [{p}];"), w = out(reg64) word, p = in(reg64) place,
              options(nostack));
     }
     word
@@ -284,7 +287,7 @@ pub unsafe fn load_pair(place: u64) -> [u64; 2] {
     let (a, b): (u64, u64);
     // SAFETY: by this function's contract.
     unsafe {
-        asm!("ld.relaxed.gpu.global.v2.b64 {{{a}, {b}}}, [{p}];", a = out(reg64) a,
+        asm!(concat!("ld.relaxed.", scope!(), ".global.v2.b64 {{{a}, {b}}}, [{p}];"), a = out(reg64) a,
              b = out(reg64) b, p = in(reg64) place, options(nostack));
     }
     [a, b]

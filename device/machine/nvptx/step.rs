@@ -10,12 +10,12 @@ use super::block::Block;
 use super::memory::{
     generic, load_global_pair, load_shared_pair, store_shared_pair, store_shared_word,
 };
+use super::peer;
 use crate::machine::memory::Span;
 
-/// Copies it, and tells the loading warp, before the block meets; see `Machine::keep_step`.
+/// Offset of this lane's pair of words: of the counts, and of both lists what a step on a GPU has.
 #[inline(always)]
-pub fn keep(block: &Block, step: Span<StepState>, epoch: u32) {
-    // Pairs of words: the counts, and of both lists what a step on a GPU has.
+fn pair_offset(block: &Block) -> Option<u32> {
     const LOGIT_TOKENS: u32 = offset_of!(StepState, logit_tokens) as u32;
     const TOKENS: u32 = offset_of!(StepState, tokens) as u32;
     const LOGIT_PAIRS: u32 = GPU_STEP_TOKENS_MAX / 2;
@@ -24,11 +24,38 @@ pub fn keep(block: &Block, step: Span<StepState>, epoch: u32) {
     const { assert!(GPU_STEP_TOKENS_MAX <= DECODE_TOKENS_MAX) };
     const { assert!(1 + LOGIT_PAIRS + TOKEN_PAIRS <= COMPUTE_LANES) };
     let pair = block.thread_idx;
-    if pair <= LOGIT_PAIRS + TOKEN_PAIRS {
-        let offset = match pair {
-            0..=LOGIT_PAIRS => pair * 8,
-            _ => TOKENS + (pair - LOGIT_PAIRS - 1) * 8,
-        };
+    if pair > LOGIT_PAIRS + TOKEN_PAIRS {
+        return None;
+    }
+    Some(match pair {
+        0..=LOGIT_PAIRS => pair * 8,
+        _ => TOKENS + (pair - LOGIT_PAIRS - 1) * 8,
+    })
+}
+
+/// See `Machine::put_step`.
+#[inline(always)]
+pub fn put(block: &Block, step: Span<StepState>) {
+    if !peer::HAS_PEERS {
+        return;
+    }
+    if let Some(offset) = pair_offset(block) {
+        let address = step.address() + u64::from(offset);
+        // SAFETY: words of the step, which this block has composed.
+        let pair = unsafe { load_global_pair(address) };
+        peer::for_each_heap(|distance| {
+            let place = address.wrapping_add(distance) as *mut [f32; 2];
+            // SAFETY: the same words of each PE's heap, which nobody reads before the task's signal. To
+            // its own heap this writes what is there.
+            unsafe { place.write(pair) };
+        });
+    }
+}
+
+/// Copies it, and tells the loading warp, before the block meets; see `Machine::keep_step`.
+#[inline(always)]
+pub fn keep(block: &Block, step: Span<StepState>, epoch: u32) {
+    if let Some(offset) = pair_offset(block) {
         // SAFETY: words of the step, which is ready, and of this block's copy of it, which no
         // lane reads: every task of the step before has ended with a barrier.
         unsafe {

@@ -17,7 +17,7 @@ use self::samples::{Limits, Row, Samples};
 use super::plot::Chart;
 use super::report::{Figures, ReportArgs};
 use super::table;
-use crate::cli::worker_count;
+use crate::cli::{device_count, worker_count};
 use crate::engine::{DeviceKind, Engine, EngineOptions, Request};
 use crate::error::{Error, Result};
 use crate::metrics::{format_us, intervals_ns};
@@ -26,16 +26,21 @@ const EXAMPLES: &str = "\
 Examples:
   tilert-mk bench runtime
   tilert-mk bench runtime --workers 2 --busy-poll --json
-  tilert-mk bench runtime --only stage --samples 1000000 --plot stages.svg";
+  tilert-mk bench runtime --only stage --samples 1000000 --plot stages.svg
+  tilert-mk bench runtime --device cuda --devices 2 --only devices";
 
 /// Stages of a step whose stages are timed, and tasks of one whose tasks are.
 const EMPTY_COUNT: u32 = 256;
+/// Tokens that the heap has room for; steps have one.
+const STEP_TOKENS: u32 = 8;
 /// Claims between two looks at the clock.
 const CLAIM_BATCH: u32 = 32;
 /// Tokens of a request: what the context of the demo model has room for.
 const REQUEST_TOKENS: u32 = 1000;
 /// Vocabulary of the programs that are not about sampling.
 const VOCAB_SMALL: u32 = 96;
+/// Bytes of a value, of which a store has twice as many: the value and its stamp.
+const VALUE_BYTES: u32 = 4;
 /// Vocabularies that are sampled from.
 const VOCABS: [u32; 3] = [1024, 32_000, 151_936];
 /// A pause after which workers of a CPU sleep, unless they poll busily.
@@ -47,7 +52,10 @@ pub(super) struct RuntimeArgs {
     /// Device that runs the programs; claims and signals are measured on a CPU only.
     #[arg(long, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
-    /// Workers: threads of the CPU, blocks of a GPU [default: one per core or multiprocessor].
+    /// GPUs that run the programs together, the first ones.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = device_count())]
+    devices: u32,
+    /// Workers: threads of the CPU, blocks of all GPUs [default: one per core or multiprocessor].
     #[arg(long, value_name = "N", value_parser = worker_count)]
     workers: Option<u32>,
     /// Keep the CPU's workers from sleeping, and pin each to a core if there are enough.
@@ -81,7 +89,7 @@ struct RuntimeFigures {
 pub(super) fn run(args: &RuntimeArgs) -> Result<()> {
     let report = args.report.open::<RuntimeFigures>()?;
     let mut bench = Bench { args, rows: Vec::new() };
-    let engine = bench.engine(args.workers, EmptyShape { stage_count: 1, stage_tasks: 1 })?;
+    let engine = bench.engine(args.workers, EmptyShape::new(1, 1))?;
     let (device, workers) = (engine.device_name().to_owned(), engine.worker_count());
     let is_cpu = engine.runs_on_host_memory();
     drop(engine);
@@ -90,8 +98,12 @@ pub(super) fn run(args: &RuntimeArgs) -> Result<()> {
         bench.threads()?;
     }
     bench.steps(workers)?;
-    bench.reactions(1)?;
-    if workers > 1 {
+    if args.devices > 1 {
+        bench.exchanges(workers)?;
+        bench.puts(workers)?;
+    }
+    bench.reactions(args.devices)?;
+    if workers > args.devices {
         // Those that have nothing to do look at the mailbox too.
         bench.reactions(workers)?;
     }
@@ -139,13 +151,14 @@ impl Bench<'_> {
         shape: EmptyShape,
         vocab_size: u32,
     ) -> Result<Engine> {
-        let device = self.args.device.open(self.args.busy_poll)?;
-        let options = EngineOptions { workers, step_tokens: 1, ..EngineOptions::default() };
+        let device = self.args.device.open(self.args.devices, self.args.busy_poll)?;
+        let options =
+            EngineOptions { workers, step_tokens: STEP_TOKENS, ..EngineOptions::default() };
         Engine::open_empty(device, &options, &shape, vocab_size)
     }
 
     fn claims(&mut self) -> Result<()> {
-        let shape = EmptyShape { stage_count: 1, stage_tasks: EMPTY_COUNT };
+        let shape = EmptyShape::new(1, EMPTY_COUNT);
         let engine = self.engine(Some(1), shape)?;
         self.row("claim of a task".into(), CLAIM_BATCH, |samples| {
             engine.claim_alone(CLAIM_BATCH, &mut |elapsed| samples.record(elapsed))
@@ -167,10 +180,12 @@ impl Bench<'_> {
     }
 
     fn steps(&mut self, workers: u32) -> Result<()> {
-        let shape = |stage_count, stage_tasks| EmptyShape { stage_count, stage_tasks };
+        // Each device has a worker at least.
+        let (few, shape) = (self.args.devices, EmptyShape::new);
+        let fewest = counted(few, "worker");
         let all = [
-            ("step without tasks, 1 worker".to_owned(), 1, shape(0, 0), 1),
-            ("empty task, 1 worker".into(), 1, shape(1, EMPTY_COUNT), EMPTY_COUNT),
+            (format!("step without tasks, {fewest}"), few, shape(0, 0), 1),
+            (format!("empty task, {fewest}"), few, shape(1, EMPTY_COUNT), EMPTY_COUNT),
             (
                 format!("empty stage, a task each of {workers} workers"),
                 workers,
@@ -184,21 +199,58 @@ impl Bench<'_> {
                 EMPTY_COUNT,
             ),
         ];
-        for (name, workers, shape, batch) in all {
-            let mut engine = self.engine(Some(workers), shape)?;
-            self.row(name, batch, |samples| {
-                step_times(&mut engine, SamplingParams::GREEDY, samples)
-            })?;
+        all.into_iter()
+            .try_for_each(|(name, workers, shape, batch)| self.stages(name, workers, shape, batch))
+    }
+
+    /// Stages of which all workers need all values, as those of a model do.
+    fn exchanges(&mut self, workers: u32) -> Result<()> {
+        let devices = self.args.devices;
+        let workers = whole_blocks(workers, devices);
+        for task_values in [1, 4, 16, 64] {
+            let bytes = workers * task_values * VALUE_BYTES;
+            let shape = EmptyShape { task_values, ..EmptyShape::new(EMPTY_COUNT, workers) };
+            let name = format!("exchange of {bytes} bytes among {devices} devices, a stage");
+            self.stages(name, workers, shape, EMPTY_COUNT)?;
         }
         Ok(())
     }
 
-    fn reactions(&mut self, workers: u32) -> Result<()> {
-        let shape = EmptyShape { stage_count: 0, stage_tasks: 0 };
+    /// Stages of which each worker needs what one of another device has stored.
+    fn puts(&mut self, workers: u32) -> Result<()> {
+        let devices = self.args.devices;
+        let all = whole_blocks(workers, devices);
+        // Pairs of workers.
+        let few = devices * (1 + devices % 2);
+        let sizes = [1, 16, 256, 1024].map(|values| (few, values));
+        for (workers, task_values) in sizes.into_iter().chain([16, 256, 2048].map(|v| (all, v))) {
+            let bytes = workers / devices * task_values * VALUE_BYTES;
+            let blocks = counted(workers / devices, "block");
+            let shape = EmptyShape {
+                task_values,
+                is_paired: true,
+                ..EmptyShape::new(EMPTY_COUNT, workers)
+            };
+            let name = format!("put of {bytes} bytes by {blocks} between {devices} devices");
+            self.stages(name, workers, shape, EMPTY_COUNT)?;
+        }
+        Ok(())
+    }
+
+    /// A row of the time of a step, by `batch`: for a stage, or a task.
+    fn stages(&mut self, name: String, workers: u32, shape: EmptyShape, batch: u32) -> Result<()> {
+        if !name.contains(&self.args.only) {
+            return Ok(());
+        }
         let mut engine = self.engine(Some(workers), shape)?;
-        let plural = if workers > 1 { "s" } else { "" };
+        self.row(name, batch, |samples| step_times(&mut engine, SamplingParams::GREEDY, samples))
+    }
+
+    fn reactions(&mut self, workers: u32) -> Result<()> {
+        let mut engine = self.engine(Some(workers), EmptyShape::new(0, 0))?;
+        let workers = counted(workers, "worker");
         for (name, pause) in [("at once", None), ("after 300 µs", Some(PAUSE))] {
-            let name = format!("submission to reaction, {name}, {workers} worker{plural}");
+            let name = format!("submission to reaction, {name}, {workers}");
             self.row(name, 1, |samples| {
                 loop {
                     if let Some(pause) = pause {
@@ -214,8 +266,8 @@ impl Bench<'_> {
     }
 
     fn sampling(&mut self, vocab_size: u32) -> Result<()> {
-        let shape = EmptyShape { stage_count: 0, stage_tasks: 0 };
-        let mut engine = self.engine_of(Some(1), shape, vocab_size)?;
+        let shape = EmptyShape::new(0, 0);
+        let mut engine = self.engine_of(Some(self.args.devices), shape, vocab_size)?;
         let warm = SamplingParams { temperature: 1.0, ..SamplingParams::GREEDY };
         let filtered = SamplingParams { top_k: 50, top_p: 0.9, ..warm };
         let all = [
@@ -230,6 +282,16 @@ impl Bench<'_> {
         }
         Ok(())
     }
+}
+
+/// `count` things of a name.
+fn counted(count: u32, name: &str) -> String {
+    format!("{count} {name}{}", if count == 1 { "" } else { "s" })
+}
+
+/// The most workers up to `workers` of which each device has a power of two.
+fn whole_blocks(workers: u32, devices: u32) -> u32 {
+    devices << (workers / devices).max(1).ilog2()
 }
 
 /// Records the times between the tokens of as many requests as are needed.
