@@ -448,9 +448,9 @@ fn lower_options(
         Weights::Q8 => WeightFormat::Q8,
         Weights::Q4 => WeightFormat::Q4,
     };
-    if format.is_blocked() && profile.shared_bytes > 0 {
+    if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) && profile.shared_bytes > 0 {
         let name = &profile.name;
-        let message = format!("{name}: quantised weights need --device cpu; a GPU has none yet");
+        let message = format!("{name}: --weights q8 and q4 need --device cpu; a GPU has fp8");
         return Err(Error::Device(message));
     }
     let precision = match options.compute {

@@ -356,7 +356,8 @@ impl<'a> Builder<'a> {
             _ => (rows.sum(), 1),
         };
         // What is cut: rows, pairs, or as many of them as fill a strip.
-        let strip_rows = if options.format.is_blocked() { STRIP_ROWS } else { 1 };
+        let is_in_strips = options.format.is_blocked() && !options.is_stamped;
+        let strip_rows = if is_in_strips { STRIP_ROWS } else { 1 };
         let unit_pairs = strip_rows.div_ceil(pair_rows);
         let (units, unit_rows) = (pairs.div_ceil(unit_pairs), unit_pairs * pair_rows);
         let row_bytes = options.format.row_bytes(linear.in_dim);

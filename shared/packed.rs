@@ -1,4 +1,4 @@
-//! Bf16 weights of a linear task as a GPU's tensor cores take them.
+//! Bf16 and E4M3 weights of a linear task as a GPU's tensor cores take them.
 //!
 //! The rows of all segments, one after the other and padded with zeros to a multiple of 8, are cut
 //! into blocks of 256 columns. A block is cut into units of 32 columns, one for each computing warp;
@@ -10,14 +10,24 @@
 //! `g`, the same two of row `g + 8`, the next two of row `g`, those of row `g + 8`. So a warp's loads
 //! are contiguous, and a lane's inputs are 8 adjacent columns.
 //!
+//! E4M3 weights take one byte: a lane's two fragments lie together, 16 bytes, or 8 for 8 rows. A half of a
+//! word has the codes of one column of rows `g` and `g + 8`, or of 8 rows, of row `g` and two columns, the
+//! second two further on. Their bits are spread (`spread_code`) such that few instructions make bf16 of
+//! them. A block begins with its scales, `[2, rows] f32`: those of the first half of its columns, then those
+//! of the other.
+//!
 //! Whole blocks fill pages, as many as fit.
 
+use crate::blocks::FP8_BLOCK;
+use crate::task::WeightFormat;
 use crate::tile::{COMPUTE_WARPS, PAGE_BYTES, WARP_LANES};
 
 /// Columns of a unit.
 pub const UNIT_COLUMNS: u32 = 32;
 /// Columns of a block.
 pub const BLOCK_COLUMNS: u32 = UNIT_COLUMNS * COMPUTE_WARPS;
+/// Columns of a block that share a row's scale.
+pub const HALF_COLUMNS: u32 = BLOCK_COLUMNS / 2;
 /// Rows of a group.
 pub const GROUP_ROWS: u32 = 16;
 /// Rows that are padded to.
@@ -29,7 +39,25 @@ pub const LANE_BYTES: u32 = 16;
 /// Bytes of a fragment of 16 rows.
 pub const FRAGMENT_BYTES: u32 = LANE_BYTES * WARP_LANES;
 
-const VALUE_BYTES: u32 = 2;
+/// Bytes of a bf16.
+const BF16_BYTES: u32 = 2;
+/// Bytes of a row's scales in a block.
+const SCALE_BYTES: u32 = 8;
+
+const _: () = assert!(HALF_COLUMNS == FP8_BLOCK as u32);
+
+/// The bits of an E4M3 code in the two bytes that it shares with another. The first code has its sign, its
+/// exponent and its fraction where a bf16 has them; the second has its sign in bit 11, the upper bits of its
+/// exponent in bits 12 to 14, the rest in bits 0 to 3.
+#[inline]
+pub const fn spread_code(code: u8, is_second: bool) -> u16 {
+    let code = code as u16;
+    if is_second {
+        (code & 0x80) << 4 | (code & 0x70) << 8 | code & 0x0f
+    } else {
+        (code & 0x80) << 8 | (code & 0x7f) << 4
+    }
+}
 
 /// How the weights of one task are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,13 +66,38 @@ pub struct Packing {
     pub row_count: u32,
     /// Columns; a multiple of 8.
     pub in_dim: u32,
+    /// Whether weights are E4M3, else bf16.
+    pub is_fp8: bool,
 }
 
 impl Packing {
-    /// The packing of `row_count` rows of `in_dim` columns.
+    /// Whether weights of a format are packed.
     #[inline]
-    pub const fn new(row_count: u32, in_dim: u32) -> Packing {
-        Packing { row_count: row_count.next_multiple_of(PAD_ROWS), in_dim }
+    pub const fn is_for(format: WeightFormat) -> bool {
+        matches!(format, WeightFormat::Bf16 | WeightFormat::Fp8)
+    }
+
+    /// The packing of `row_count` rows of `in_dim` columns in `format`, which is packed.
+    #[inline]
+    pub const fn new(row_count: u32, in_dim: u32, format: WeightFormat) -> Packing {
+        let is_fp8 = matches!(format, WeightFormat::Fp8);
+        Packing { row_count: row_count.next_multiple_of(PAD_ROWS), in_dim, is_fp8 }
+    }
+
+    const fn value_bytes(&self) -> u32 {
+        if self.is_fp8 { 1 } else { BF16_BYTES }
+    }
+
+    /// Bytes of a block's scales.
+    #[inline]
+    pub const fn scale_bytes(&self) -> u32 {
+        if self.is_fp8 { self.row_count * SCALE_BYTES } else { 0 }
+    }
+
+    /// Bytes of a block, but for the last.
+    #[inline]
+    pub const fn block_bytes(&self) -> u32 {
+        self.scale_bytes() + self.unit_bytes() * COMPUTE_WARPS
     }
 
     /// Groups of rows, with a last one of 8 rows.
@@ -62,7 +115,7 @@ impl Packing {
     /// Bytes of a unit.
     #[inline]
     pub const fn unit_bytes(&self) -> u32 {
-        self.row_count * UNIT_COLUMNS * VALUE_BYTES
+        self.row_count * UNIT_COLUMNS * self.value_bytes()
     }
 
     /// Blocks, with a last one that may have fewer units.
@@ -74,13 +127,13 @@ impl Packing {
     /// Blocks of a page.
     #[inline]
     pub const fn page_blocks(&self) -> u32 {
-        PAGE_BYTES / (self.unit_bytes() * COMPUTE_WARPS)
+        PAGE_BYTES / self.block_bytes()
     }
 
     /// Bytes of a page, but for the last.
     #[inline]
     pub const fn page_bytes(&self) -> u32 {
-        self.page_blocks() * self.unit_bytes() * COMPUTE_WARPS
+        self.page_blocks() * self.block_bytes()
     }
 
     /// Pages.
@@ -93,22 +146,52 @@ impl Packing {
     #[inline]
     pub const fn byte_count(&self) -> u32 {
         self.in_dim.div_ceil(UNIT_COLUMNS) * self.unit_bytes()
+            + self.block_count() * self.scale_bytes()
     }
 
-    /// Where four adjacent columns of a row are: the bytes' offsets of the first and of the last two.
-    /// `column` is a multiple of 4.
+    /// Offset of the unit that has a column.
+    const fn unit(&self, column: u32) -> u32 {
+        let (block, unit) = (column / BLOCK_COLUMNS, column % BLOCK_COLUMNS / UNIT_COLUMNS);
+        block * self.block_bytes() + self.scale_bytes() + unit * self.unit_bytes()
+    }
+
+    /// Offset of the scale of a row's column, of E4M3.
+    #[inline]
+    pub const fn scale_place(&self, row: u32, column: u32) -> u32 {
+        let half = column % BLOCK_COLUMNS / HALF_COLUMNS;
+        column / BLOCK_COLUMNS * self.block_bytes() + (half * self.row_count + row) * 4
+    }
+
+    /// Where the code of a row's column is, of E4M3: the offset of two bytes, and whether it is their second.
+    #[inline]
+    pub const fn code_place(&self, row: u32, column: u32) -> (u32, bool) {
+        let (group, row) = (row / GROUP_ROWS, row % GROUP_ROWS);
+        let (unit, column) = (self.unit(column), column % UNIT_COLUMNS);
+        let lane = row % 8 * 4 + column / LANE_COLUMNS;
+        let (fragment, pair) = (column / 4 % 2, column / 2 % 2);
+        let group = unit + group * FRAGMENT_BYTES;
+        if self.ends_in_half() && group + FRAGMENT_BYTES / 2 == unit + self.unit_bytes() {
+            (group + lane * LANE_BYTES / 2 + fragment * 4 + column % 2 * 2, pair == 1)
+        } else {
+            let first = group + lane * LANE_BYTES + fragment * 8 + pair * 4;
+            (first + column % 2 * 2, row >= 8)
+        }
+    }
+
+    /// Where four adjacent columns of a row are, of bf16: the bytes' offsets of the first and of the last
+    /// two. `column` is a multiple of 4.
     #[inline]
     pub const fn place(&self, row: u32, column: u32) -> [u32; 2] {
         let (group, row) = (row / GROUP_ROWS, row % GROUP_ROWS);
         let is_half = self.ends_in_half() && group + 1 == self.group_count();
         let fragment = if is_half { FRAGMENT_BYTES / 2 } else { FRAGMENT_BYTES };
-        let (unit, column) = (column / UNIT_COLUMNS, column % UNIT_COLUMNS);
+        let (unit, column) = (self.unit(column), column % UNIT_COLUMNS);
         let lane = row % 8 * 4 + column / LANE_COLUMNS;
-        let first = unit * self.unit_bytes()
+        let first = unit
             + group * 2 * FRAGMENT_BYTES
             + column / 4 % 2 * fragment
             + lane * (fragment / WARP_LANES);
-        let pair = 2 * VALUE_BYTES;
+        let pair = 2 * BF16_BYTES;
         if is_half {
             [first, first + pair]
         } else {
@@ -128,7 +211,7 @@ mod tests {
     #[test]
     fn places_cover_every_byte_once() {
         for (row_count, in_dim) in [(1, 8), (8, 64), (17, 72), (24, 256), (47, 904), (64, 2048)] {
-            let packing = Packing::new(row_count, in_dim);
+            let packing = Packing::new(row_count, in_dim, WeightFormat::Bf16);
             let mut hits = vec![0u8; packing.byte_count() as usize / 4];
             for row in 0..packing.row_count {
                 for column in (0..in_dim.next_multiple_of(UNIT_COLUMNS)).step_by(4) {
@@ -142,10 +225,41 @@ mod tests {
     }
 
     #[test]
+    fn codes_and_scales_cover_every_byte_once() {
+        for (row_count, in_dim) in [(1, 8), (8, 64), (17, 72), (24, 256), (40, 904), (64, 2048)] {
+            let packing = Packing::new(row_count, in_dim, WeightFormat::Fp8);
+            let mut hits = vec![0u8; packing.byte_count() as usize];
+            for row in 0..packing.row_count {
+                for column in 0..in_dim.next_multiple_of(UNIT_COLUMNS) {
+                    let (place, is_second) = packing.code_place(row, column);
+                    hits[place as usize + usize::from(is_second)] += 1;
+                }
+                for column in (0..packing.block_count() * BLOCK_COLUMNS).step_by(128) {
+                    let first = packing.scale_place(row, column) as usize;
+                    hits[first..first + 4].iter_mut().for_each(|count| *count += 1);
+                }
+            }
+            assert!(hits.iter().all(|count| *count == 1), "{row_count} x {in_dim}");
+        }
+    }
+
+    #[test]
+    fn two_codes_share_no_bit() {
+        for code in 0..=u8::MAX {
+            let [first, second] = [false, true].map(|is_second| spread_code(code, is_second));
+            assert_eq!(first.count_ones() + second.count_ones(), 2 * code.count_ones());
+            assert_eq!(first & spread_code(u8::MAX, true), 0);
+            assert_eq!(second & spread_code(u8::MAX, false), 0);
+        }
+    }
+
+    #[test]
     fn pages_hold_whole_blocks() {
-        for row_count in 1..=TILE_ROWS_MAX {
+        let formats = [WeightFormat::Bf16, WeightFormat::Fp8];
+        let of = |row_count| formats.map(|format| (row_count, format));
+        for (row_count, format) in (1..=TILE_ROWS_MAX).flat_map(of) {
             for in_dim in [8, 256, 2048, 14336] {
-                let packing = Packing::new(row_count, in_dim);
+                let packing = Packing::new(row_count, in_dim, format);
                 assert!(packing.page_blocks() > 0 && packing.page_bytes() <= PAGE_BYTES);
                 let pages = packing.page_count();
                 assert!(packing.byte_count() <= pages * packing.page_bytes());

@@ -11,7 +11,7 @@ use tilert_mk_device::machine::cpu::Isa;
 use tilert_mk_shared::tile::{INPUT_BYTES_MAX, SharedPlan};
 
 use super::output::{Output, pretty_json};
-use crate::driver::cuda::{KERNEL_VARIABLE, fitting_kernel, kernels};
+use crate::driver::cuda::{KERNEL_VARIABLE, Purpose, fitting_kernel, kernels};
 use crate::driver::survey::{Survey, survey};
 use crate::error::Result;
 
@@ -160,7 +160,7 @@ fn of_survey(survey: Survey) -> (Driver, Vec<GpuFindings>) {
         memory_bytes: gpu.memory_bytes,
         is_cooperative: gpu.is_cooperative,
         peers,
-        kernel: fitting_kernel(gpu.capability, false).map(|kernel| kernel.name()),
+        kernel: fitting_kernel(gpu.capability, Purpose::Single).map(|kernel| kernel.name()),
         ring_pages: ring_pages(gpu.shared_bytes),
         name: gpu.name,
     });

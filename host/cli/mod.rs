@@ -146,7 +146,7 @@ impl ModelArgs {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        let device = self.device.open(self.devices, self.busy_poll)?;
+        let device = self.device.open(self.devices, self.weights, self.busy_poll)?;
         let engine =
             Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
                 bar.set_length(total_bytes);

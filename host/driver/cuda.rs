@@ -18,7 +18,7 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{GPU_STEP_TOKENS_MAX, TILE_ROWS_MAX};
 
 pub(crate) use self::kernels::KERNEL_VARIABLE;
-pub use self::kernels::{Kernel, fitting_kernel, kernels};
+pub use self::kernels::{Kernel, Purpose, fitting_kernel, kernels};
 use self::pe::Pe;
 use super::{Device, Profile};
 use crate::error::{Error, Result};
@@ -102,11 +102,11 @@ fn describe(ordinal: i32) -> Result<Gpu> {
 }
 
 impl CudaDevice {
-    /// Opens the first `count` GPUs and loads the kernel on each.
+    /// Opens the first `count` GPUs and loads on each the kernel, which `has_fp8` weights or not.
     ///
     /// Errors: no driver, too few GPUs, ones that differ or do not reach each other, that are too old or
     /// have too little shared memory; a build without the kernel.
-    pub fn open(count: u32) -> Result<CudaDevice> {
+    pub fn open(count: u32, has_fp8: bool) -> Result<CudaDevice> {
         let found = gpus()?;
         if found.is_empty() {
             return Err(Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into()));
@@ -115,9 +115,14 @@ impl CudaDevice {
             let (limit, what) = (found.len().min(PE_COUNT_MAX), "GPUs can be used");
             return Err(Error::Usage(format!("--devices {count}: {limit} {what}")));
         }
+        let purpose = match (count > 1, has_fp8) {
+            (true, _) => Purpose::Peers,
+            (false, true) => Purpose::Fp8,
+            (false, false) => Purpose::Single,
+        };
         let mut pes = Vec::new();
         for gpu in found.into_iter().take(count.max(1) as usize) {
-            pes.push(Pe::open(gpu, count > 1)?);
+            pes.push(Pe::open(gpu, purpose)?);
         }
         let first = pes[0].gpu.clone();
         for (idx, pe) in pes.iter().enumerate() {

@@ -21,7 +21,7 @@ const BATCH_BYTES: usize = 64 << 20;
 
 /// What a task's weights become.
 enum Form {
-    /// Bf16 for a GPU.
+    /// Bf16 or E4M3 for a GPU.
     Fragments(Packing),
     /// Blocks for a CPU.
     Strips(Quantiser),
@@ -49,7 +49,8 @@ pub(super) fn upload(
     let scales = scales(program, views);
     let tasks = program.tasks.iter().enumerate();
     let linear = tasks.filter(|(_, task)| task.opcode == Opcode::Linear as u16);
-    let pieces = linear.map(|(task_idx, task)| piece(task_idx, task, views, &scales));
+    let is_gpu = device.profile().packs_weights;
+    let pieces = linear.map(|(task_idx, task)| piece(task_idx, task, views, &scales, is_gpu));
     let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
     let home = |piece: &Piece| homes[piece.task_idx];
     pieces.sort_by_key(home);
@@ -128,6 +129,7 @@ fn piece<'a>(
     task: &Task,
     views: &[TensorView<'a>],
     scales: &'a [Vec<f32>],
+    is_gpu: bool,
 ) -> Result<Piece<'a>> {
     let args = LinearArgs::unpack(task);
     let mut segments = Vec::new();
@@ -143,13 +145,14 @@ fn piece<'a>(
         segments.push(rows.ok_or_else(|| Error::Request("weights outside a tensor".into()))?);
     }
     let row_count = args.row_count();
-    let (form, byte_count) = match Quantiser::new(args.format, args.in_dim as usize) {
+    let quantiser = Quantiser::new(args.format, args.in_dim as usize).filter(|_| !is_gpu);
+    let (form, byte_count) = match quantiser {
         Some(quantiser) => {
             let byte_count = quantiser.byte_count(row_count);
             (Form::Strips(quantiser), byte_count)
         }
         None => {
-            let packing = Packing::new(row_count, args.in_dim);
+            let packing = Packing::new(row_count, args.in_dim, args.format);
             (Form::Fragments(packing), packing.byte_count() as usize)
         }
     };
@@ -192,10 +195,7 @@ impl Piece<'_> {
     /// Packs the rows into `out`, which is all zeros; whether all of them can be represented.
     fn pack(&self, out: &mut [u8]) -> bool {
         match &self.form {
-            Form::Fragments(packing) => {
-                fragments::pack(packing, &self.segments, out);
-                true
-            }
+            Form::Fragments(packing) => fragments::pack(packing, &self.segments, out),
             Form::Strips(quantiser) => quantiser.pack(&self.segments, out),
         }
     }

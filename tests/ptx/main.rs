@@ -2,6 +2,7 @@
 
 mod edit;
 mod empty;
+mod fp8;
 mod golden;
 mod heads;
 mod peers;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use ptx_device::{PtxDevice, PtxOptions};
 use tilert_mk::driver::Device;
-use tilert_mk::driver::cuda::{Kernel, kernels};
+use tilert_mk::driver::cuda::{Kernel, Purpose, kernels};
 use tilert_mk::engine::{Engine, EngineOptions, Event, ModelSource, Request};
 use tilert_mk::error::Error;
 
@@ -92,7 +93,8 @@ fn output(engine: &mut Engine, request: &Request) -> Result<Output, Error> {
 
 /// The shipped PTX for `capability`, unchanged.
 fn shipped(capability: u32, workers: u32, seed: u64) -> PtxOptions {
-    let is_it = |kernel: &Kernel| kernel.capability == capability && !kernel.has_peers;
+    let is_it =
+        |kernel: &Kernel| kernel.capability == capability && kernel.purpose == Purpose::Single;
     let text = kernels().find(is_it).expect("the kernel is built").text;
     let bytes = SHARED_BYTES.iter().find(|(kind, _)| *kind == capability);
     let shared_bytes = bytes.map_or(0, |(_, bytes)| *bytes);

@@ -1,14 +1,17 @@
 //! Several GPUs that run a program together: the bits of one, and mistakes between them that are found.
 
-use tilert_mk::driver::cuda::kernels;
+use tilert_mk::driver::cuda::{Purpose, kernels};
 
 use super::heads::{SHORT, logits};
 use super::ptx_device::{PtxDevice, PtxOptions};
 use super::{Output, PROMPT, run, run_clean, run_ptx, shipped};
 
 /// The shipped PTX for several GPUs, unchanged.
-fn shipped_peers(devices: u32, workers: u32, seed: u64) -> PtxOptions {
-    let text = kernels().find(|kernel| kernel.has_peers).expect("the kernel is built").text;
+pub(crate) fn shipped_peers(devices: u32, workers: u32, seed: u64) -> PtxOptions {
+    let text = kernels()
+        .find(|kernel| kernel.purpose == Purpose::Peers)
+        .expect("the kernel is built")
+        .text;
     PtxOptions { text: text.to_owned(), devices, ..shipped(90, workers, seed) }
 }
 

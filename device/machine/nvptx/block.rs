@@ -1,9 +1,9 @@
 //! A block as a worker: the computing warps are its lanes.
 
-use core::arch::asm;
 use core::cell::Cell;
 use core::ops::Deref;
 
+use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::program::{Dims, ProgramHeader, SAMPLE_BIN_COUNT};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::{Opcode, Task, WeightFormat};
@@ -25,7 +25,7 @@ use super::record::record;
 use super::ring::PageCursor;
 use super::rows::NormAhead;
 use super::stamped::Looks;
-use super::{attention, best, empty, merge, multiply, ops, peer, sreg, stamped, step};
+use super::{attention, best, empty, exp2, merge, multiply, ops, peer, sreg, stamped, step};
 use crate::machine::memory::Span;
 use crate::machine::{Attention, BestPlace, Finish, Join, Machine, Rows};
 use crate::worker::{Claim, Stopped, Worker};
@@ -271,7 +271,7 @@ impl Machine for Block {
         to: Rows,
         is_kept: bool,
     ) -> Rows {
-        if self.layout.get() == Layout::Far && self.kind.format == WeightFormat::Bf16 {
+        if self.layout.get() == Layout::Far && Packing::is_for(self.kind.format) {
             // Each warp reads its columns but once: a copy would only be read again.
             self.layout.set(Layout::Stamped);
             stamped::wait(self, Looks::AfterHint, || ((), 0));
@@ -455,18 +455,6 @@ impl Machine for Block {
         let power = if x < -87.0 { 0.0 } else { exp2(x.min(88.0) * core::f32::consts::LOG2_E) };
         if x.is_nan() { x } else { power }
     }
-}
-
-/// `2^x`. PTX: `ex2.approx.ftz.f32`.
-#[inline(always)]
-fn exp2(x: f32) -> f32 {
-    let value: f32;
-    // SAFETY: arithmetic.
-    unsafe {
-        asm!("ex2.approx.ftz.f32 {v}, {x};", v = out(reg32) value, x = in(reg32) x,
-             options(pure, nomem, nostack));
-    }
-    value
 }
 
 /// `N` quads of a row of `dim` values, from column `base` on, one for each turn of the

@@ -27,7 +27,7 @@ impl Digest {
     /// Of a task with packed weights.
     #[inline(always)]
     pub fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
-        let packing = Packing::new(args.row_count(), args.in_dim);
+        let packing = Packing::new(args.row_count(), args.in_dim, args.format);
         let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
         Digest {
             narrow_rows_max: fits(1) + fits(2),

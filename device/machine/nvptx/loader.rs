@@ -8,7 +8,7 @@
 //! must not outlive the block that owns its target.
 
 use tilert_mk_shared::packed::Packing;
-use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows, WeightFormat};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, NOTICE_WORD, STAGE_WORD, STEP,
     STEP_WORD, STOP_WORD, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS, TASK_SLOT_BYTES,
@@ -79,7 +79,7 @@ pub fn load(worker: &Worker<Block>) {
         let task = record(slot);
         let is_linear = fed.task_idx != NO_TASK && task.opcode == Opcode::Linear as u16;
         let args = LinearArgs::unpack(&task);
-        let is_packed = is_linear && args.format == WeightFormat::Bf16;
+        let is_packed = is_linear && Packing::is_for(args.format);
         if lane == 0 {
             let digest = if is_packed {
                 Digest::new(&args, worker.header().input_bytes)
@@ -223,7 +223,7 @@ struct Weights {
 /// The packed weights of a task.
 #[inline(always)]
 fn packed(args: &LinearArgs) -> Weights {
-    let packing = Packing::new(args.row_count(), args.in_dim);
+    let packing = Packing::new(args.row_count(), args.in_dim, args.format);
     let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes());
     Weights { from: args.segments[0].weights, bytes, page_bytes }
 }

@@ -66,3 +66,15 @@ pub fn rsqrt(x: f32) -> f32 {
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     core::intrinsics::fmaf32(a, b, c)
 }
+
+/// `2^x`. PTX: `ex2.approx.ftz.f32`.
+#[inline(always)]
+pub fn exp2(x: f32) -> f32 {
+    let value: f32;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("ex2.approx.ftz.f32 {v}, {x};", v = out(reg32) value, x = in(reg32) x,
+             options(pure, nomem, nostack));
+    }
+    value
+}

@@ -1,5 +1,8 @@
 //! The ops as functions of their own.
 //!
+//! Those for E4M3 weights are in PTX of its own (`--cfg tilert_fp8`), or in that for several devices: more code makes
+//! the others slower, also where it is not run.
+//!
 //! Were they part of the loop, the compiler would keep what is the same in every turn of every op in
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
 //! a task's slot and finds the rest in special registers and shared memory.
@@ -53,8 +56,14 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
                 WeightFormat::Bf16 if !has_few_rows(&args, slot) => call!(linear_bf16_wide, slot),
                 WeightFormat::Bf16 if args.leaves_best() => call!(head_bf16, slot),
                 WeightFormat::Bf16 => call!(linear_bf16, slot),
-                // The host does not make such programs for a GPU.
-                WeightFormat::Q8 | WeightFormat::Q4 | WeightFormat::Fp8 => sreg::trap(),
+                #[cfg(tilert_fp8)]
+                WeightFormat::Fp8 if !has_few_rows(&args, slot) => call!(linear_fp8_wide, slot),
+                #[cfg(tilert_fp8)]
+                WeightFormat::Fp8 if args.leaves_best() => call!(head_fp8, slot),
+                #[cfg(tilert_fp8)]
+                WeightFormat::Fp8 => call!(linear_fp8, slot),
+                // The host does not make such programs for this PTX.
+                _ => sreg::trap(),
             }
         }
         Opcode::Attention => match (Heads::of(&worker.header().dims), has_many_splits(worker)) {
@@ -88,7 +97,7 @@ fn has_few_rows(args: &LinearArgs, slot: u32) -> bool {
     args.token_rows.count(step::counts(shared_base())) <= Digest::read(slot).narrow_rows_max
 }
 
-/// Whether a task is a linear one of `kind`, which is of bf16 weights and few rows.
+/// Whether a task is a linear one of `kind`, which is of packed weights and few rows.
 #[inline(always)]
 fn is_alike(next: &Next, kind: Kind) -> bool {
     let task = next.head_of();
@@ -96,7 +105,7 @@ fn is_alike(next: &Next, kind: Kind) -> bool {
     let rows = args.token_rows.count(next.counts);
     // All of it, without a branch for each part.
     (task.opcode == Opcode::Linear as u16)
-        & (args.format == WeightFormat::Bf16)
+        & (args.format == kind.format)
         & (args.leaves_best() == kind.leaves_best)
         & (rows <= next.digest.narrow_rows_max)
 }
@@ -171,6 +180,10 @@ macro_rules! ops {
 
 const LINEAR: Kind = Kind::linear(WeightFormat::Bf16, true, false);
 const HEAD: Kind = Kind::linear(WeightFormat::Bf16, true, true);
+#[cfg(tilert_fp8)]
+const LINEAR_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, false);
+#[cfg(tilert_fp8)]
+const HEAD_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, true);
 
 ops!(empty, Empty, Kind::NONE, is_passing_on);
 op!(admit, Admit, Kind::NONE);
@@ -180,6 +193,12 @@ op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
 ops!(linear_bf16, Linear, LINEAR, |next| is_alike(next, LINEAR));
 ops!(head_bf16, Linear, HEAD, |next| is_alike(next, HEAD));
 op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
+#[cfg(tilert_fp8)]
+ops!(linear_fp8, Linear, LINEAR_FP8, |next| is_alike(next, LINEAR_FP8));
+#[cfg(tilert_fp8)]
+ops!(head_fp8, Linear, HEAD_FP8, |next| is_alike(next, HEAD_FP8));
+#[cfg(tilert_fp8)]
+op!(linear_fp8_wide, Linear, Kind::linear(WeightFormat::Fp8, false, true));
 op!(attention_short, Attention, Kind::attention(Heads::Short, false));
 op!(attention_pairs, Attention, Kind::attention(Heads::Pairs, false));
 op!(attention, Attention, Kind::attention(Heads::Middle, false));

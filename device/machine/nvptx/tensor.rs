@@ -1,4 +1,4 @@
-//! Products with bf16 weights on tensor cores, for all widths of a step.
+//! Products with bf16 and E4M3 weights on tensor cores, for all widths of a step.
 //!
 //! Weights come packed as `shared/packed.rs` describes: a warp multiplies its unit of 32 columns of
 //! each block with all rows of the task, so inputs are read once for up to four groups of rows, and a
@@ -10,40 +10,22 @@
 //! Cost: per unit and group of 16 rows two loads of weights and two `mma` for one or two tokens, six
 //! for more.
 
-use core::arch::asm;
+mod weights;
 
-use tilert_mk_shared::packed::{
-    BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, LANE_COLUMNS, UNIT_COLUMNS,
-};
-use tilert_mk_shared::task::{LinearArgs, Task};
+use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COLUMNS};
+use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
+use self::weights::{Bf16, Fp8, Places, Weights};
 use super::barrier::sync_warp;
 use super::block::Block;
 use super::digest::Digest;
 use super::header::header;
 use super::inputs::{Layout, split_pair, swizzled};
-use super::memory::{
-    Quad, load_global, load_shared, load_shared_pair, load_shared_words, store_shared_f32,
-};
+use super::memory::{Quad, load_global, load_shared, load_shared_words, store_shared_f32};
 use super::stamped::{self, Looks, Words};
 use super::warp;
 use crate::machine::{Machine, Rows};
-
-/// `c += a * b` for 16 rows, 8 columns and 16 values of k. PTX: `mma.sync.m16n8k16`.
-#[inline(always)]
-fn mma(c: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
-    // SAFETY: all 32 lanes call this together.
-    unsafe {
-        asm!("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 \
-              {{{c0}, {c1}, {c2}, {c3}}}, {{{a0}, {a1}, {a2}, {a3}}}, {{{b0}, {b1}}}, \
-              {{{c0}, {c1}, {c2}, {c3}}};",
-             c0 = inout(reg32) c[0], c1 = inout(reg32) c[1], c2 = inout(reg32) c[2],
-             c3 = inout(reg32) c[3], a0 = in(reg32) a[0], a1 = in(reg32) a[1],
-             a2 = in(reg32) a[2], a3 = in(reg32) a[3], b0 = in(reg32) b[0], b1 = in(reg32) b[1],
-             options(nomem, nostack));
-    }
-}
 
 /// What of a task's packing the product needs.
 struct Shape {
@@ -61,9 +43,7 @@ struct Lane {
     column: u32,
     /// First of the warp's columns in a block.
     warp_column: u32,
-    /// Offsets of the lane's weights in a block, of fragments of 16 rows and of 8.
-    whole: u32,
-    half: u32,
+    places: Places,
     layout: Layout,
     /// Address of the lane's inputs in the first block: shared if near, else global.
     input: u64,
@@ -74,12 +54,21 @@ struct Lane {
 /// Leaves the partial products of all rows, one for each warp, in the area of partials.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
+    if block.kind.format == WeightFormat::Fp8 {
+        multiply_by::<Fp8>(block, task, x, count);
+    } else {
+        multiply_by::<Bf16>(block, task, x, count);
+    }
+}
+
+#[inline(always)]
+fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
     let args = LinearArgs::unpack(&block.record(task));
     let digest = Digest::read(block.slot.get());
     let shape = Shape {
         in_dim: args.in_dim,
         page_blocks: digest.page_blocks,
-        block_bytes: digest.unit_bytes * COMPUTE_WARPS,
+        block_bytes: W::scale_bytes(digest.unit_bytes) + digest.unit_bytes * COMPUTE_WARPS,
     };
     let (group, t) = (block.warp_lane() / 4, block.warp_lane() % 4);
     let warp_column = block.warp_idx() * UNIT_COLUMNS;
@@ -100,22 +89,21 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
         Layout::Far => far,
         Layout::Stamped => stamped::place(&header(), far),
     };
-    let whole = block.warp_idx() * digest.unit_bytes + block.warp_lane() * LANE_BYTES;
-    let half = whole - block.warp_lane() * LANE_BYTES / 2;
+    let places = Places::new::<W>(block.warp_idx(), block.warp_lane(), digest.unit_bytes);
     let stamp = stamped::input_stamp(block, 0);
-    let lane = Lane { column, warp_column, whole, half, layout, input, stamp };
+    let lane = Lane { column, warp_column, places, layout, input, stamp };
     let rows = [args.row_count(), count];
     macro_rules! by_groups {
         ($of:ident) => {
             match (digest.groups / 2, digest.groups % 2 != 0) {
-                (1, false) => $of::<1, false>(block, &lane, &shape, rows),
-                (1, true) => $of::<1, true>(block, &lane, &shape, rows),
-                (2, false) => $of::<2, false>(block, &lane, &shape, rows),
-                (2, true) => $of::<2, true>(block, &lane, &shape, rows),
-                (3, false) => $of::<3, false>(block, &lane, &shape, rows),
-                (3, true) => $of::<3, true>(block, &lane, &shape, rows),
-                (_, false) => $of::<4, false>(block, &lane, &shape, rows),
-                (_, true) => $of::<4, true>(block, &lane, &shape, rows),
+                (1, false) => $of::<W, 1, false>(block, &lane, &shape, rows),
+                (1, true) => $of::<W, 1, true>(block, &lane, &shape, rows),
+                (2, false) => $of::<W, 2, false>(block, &lane, &shape, rows),
+                (2, true) => $of::<W, 2, true>(block, &lane, &shape, rows),
+                (3, false) => $of::<W, 3, false>(block, &lane, &shape, rows),
+                (3, true) => $of::<W, 3, true>(block, &lane, &shape, rows),
+                (_, false) => $of::<W, 4, false>(block, &lane, &shape, rows),
+                (_, true) => $of::<W, 4, true>(block, &lane, &shape, rows),
             }
         };
     }
@@ -129,13 +117,13 @@ pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
 /// One or two tokens: a tile's columns are both tokens' parts. `G` groups of rows, the last of which
 /// has 8 rows if `HALF`.
 #[inline(always)]
-fn narrow<const G: usize, const HALF: bool>(
+fn narrow<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
     rows: [u32; 2],
 ) {
-    let sums = product_ahead::<G, HALF>(block, lane, shape);
+    let sums = product_ahead::<W, G, HALF>(block, lane, shape);
     for (idx, [sums]) in (0u32..).zip(&sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
@@ -143,7 +131,7 @@ fn narrow<const G: usize, const HALF: bool>(
 
 /// More tokens: a tile for each part.
 #[inline(always)]
-fn wide<const G: usize, const HALF: bool>(
+fn wide<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -151,10 +139,10 @@ fn wide<const G: usize, const HALF: bool>(
 ) {
     // As many blocks ahead as there are registers for.
     let sums = match lane.layout {
-        Layout::Stamped if G <= 2 => product_far::<[Words; 2], G, HALF, 3>(block, lane, shape),
-        Layout::Stamped => product_far::<[Words; 2], G, HALF, 1>(block, lane, shape),
-        Layout::Far => product_far::<[Quad; 2], G, HALF, 2>(block, lane, shape),
-        _ => product::<G, HALF>(block, lane, shape),
+        Layout::Stamped if G <= 2 => product_far::<W, [Words; 2], G, HALF, 3>(block, lane, shape),
+        Layout::Stamped => product_far::<W, [Words; 2], G, HALF, 1>(block, lane, shape),
+        Layout::Far => product_far::<W, [Quad; 2], G, HALF, 2>(block, lane, shape),
+        _ => product::<W, G, HALF>(block, lane, shape),
     };
     for (idx, [large, middle, small]) in (0u32..).zip(&sums) {
         let sum = |idx: usize| small[idx] + middle[idx] + large[idx];
@@ -163,7 +151,7 @@ fn wide<const G: usize, const HALF: bool>(
 }
 
 /// What a lane multiplies of one block: the inputs of each tile, the weights of each group.
-type Operands<const G: usize, const TILES: usize> = ([[u32; 4]; TILES], [[[u32; 4]; 2]; G]);
+type Operands<W, const G: usize, const TILES: usize> = ([[u32; 4]; TILES], [W; G]);
 /// Sums of each group and tile.
 type Sums<const G: usize, const TILES: usize> = [[[f32; 4]; TILES]; G];
 
@@ -204,7 +192,7 @@ impl Next {
 
 /// Products of `G` groups of rows over all blocks, with a tile for each part.
 #[inline(always)]
-fn product<const G: usize, const HALF: bool>(
+fn product<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -212,7 +200,7 @@ fn product<const G: usize, const HALF: bool>(
     let mut sums = [[[0.0; 4]; 3]; G];
     let mut next = Next::new(block, shape);
     while next.first < shape.in_dim {
-        add_last::<G, 3, HALF>(&mut sums, lane, shape, &next);
+        add_last::<W, G, 3, HALF>(&mut sums, lane, shape, &next);
         if next.advance(block, shape) {
             block.pages.release(block.warp_lane());
         }
@@ -222,7 +210,7 @@ fn product<const G: usize, const HALF: bool>(
 
 /// The same with inputs in the heap, which are asked for `AHEAD` blocks ahead.
 #[inline(always)]
-fn product_far<F: Far, const G: usize, const HALF: bool, const AHEAD: usize>(
+fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD: usize>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -238,7 +226,9 @@ fn product_far<F: Far, const G: usize, const HALF: bool, const AHEAD: usize>(
                 let inputs = split_inputs(far.settle(block, lane, || take_far(lane, shape, first)));
                 *far = take_far(lane, shape, first + AHEAD as u32 * BLOCK_COLUMNS);
                 if first + lane.warp_column < shape.in_dim {
-                    add_products(&mut sums, &(inputs, take_groups::<G, HALF>(lane, &next)));
+                    let weights = take_groups::<W, G, HALF>(lane, &next);
+                    let products = W::multiply::<G, 3, HALF>(&mut sums, &inputs, &weights);
+                    W::settle(&mut sums, &products);
                 }
                 if next.advance(block, shape) {
                     block.pages.release(block.warp_lane());
@@ -252,7 +242,7 @@ fn product_far<F: Far, const G: usize, const HALF: bool, const AHEAD: usize>(
 /// The same with one tile. A block's operands are loaded while the one before is multiplied, into
 /// registers that take turns; with more tiles they would not fit.
 #[inline(always)]
-fn product_ahead<const G: usize, const HALF: bool>(
+fn product_ahead<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -261,25 +251,29 @@ fn product_ahead<const G: usize, const HALF: bool>(
     let mut next = Next::new(block, shape);
     let mut left = shape.in_dim / BLOCK_COLUMNS;
     if left > 0 {
-        let mut operands = take_operands::<G, 1, HALF>(lane, &next);
+        let mut pending = W::none::<G, 1>();
+        let mut operands = take_operands::<W, G, 1, HALF>(lane, &next);
         let mut others = operands;
         // The two take turns by name: exchanged, they would be copied.
-        let mut turn = |now: &Operands<G, 1>, then: &mut Operands<G, 1>| {
+        let mut turn = |now: &Operands<W, G, 1>, then: &mut Operands<W, G, 1>| {
             left -= 1;
             let is_page_end = next.advance(block, shape);
             if left > 0 {
-                *then = take_operands::<G, 1, HALF>(lane, &next);
+                *then = take_operands::<W, G, 1, HALF>(lane, &next);
             }
-            add_products(&mut sums, now);
+            let products = W::multiply::<G, 1, HALF>(&mut sums, &now.0, &now.1);
+            W::settle(&mut sums, &pending);
+            pending = products;
             if is_page_end {
                 block.pages.release(block.warp_lane());
             }
             left > 0
         };
         while turn(&operands, &mut others) && turn(&others, &mut operands) {}
+        W::settle(&mut sums, &pending);
     }
     if next.first < shape.in_dim {
-        add_last::<G, 1, HALF>(&mut sums, lane, shape, &next);
+        add_last::<W, G, 1, HALF>(&mut sums, lane, shape, &next);
         block.pages.release(block.warp_lane());
     }
     sums
@@ -287,24 +281,23 @@ fn product_ahead<const G: usize, const HALF: bool>(
 
 /// The lane's operands of a whole block.
 #[inline(always)]
-fn take_operands<const G: usize, const TILES: usize, const HALF: bool>(
+fn take_operands<W: Weights, const G: usize, const TILES: usize, const HALF: bool>(
     lane: &Lane,
     next: &Next,
-) -> Operands<G, TILES> {
-    (take_inputs(lane, next.first), take_groups::<G, HALF>(lane, next))
+) -> Operands<W, G, TILES> {
+    (take_inputs(lane, next.first), take_groups::<W, G, HALF>(lane, next))
 }
 
 #[inline(always)]
-fn take_groups<const G: usize, const HALF: bool>(lane: &Lane, next: &Next) -> [[[u32; 4]; 2]; G] {
+fn take_groups<W: Weights, const G: usize, const HALF: bool>(lane: &Lane, next: &Next) -> [W; G] {
     core::array::from_fn(|idx| {
-        let address = next.address + idx as u32 * 2 * FRAGMENT_BYTES;
-        take_weights(lane, address, HALF && idx + 1 == G)
+        W::take(&lane.places, next.address, idx as u32, HALF && idx + 1 == G)
     })
 }
 
 /// Multiplies a block that may be the last, which has fewer columns.
 #[inline(always)]
-fn add_last<const G: usize, const TILES: usize, const HALF: bool>(
+fn add_last<W: Weights, const G: usize, const TILES: usize, const HALF: bool>(
     sums: &mut Sums<G, TILES>,
     lane: &Lane,
     shape: &Shape,
@@ -313,39 +306,10 @@ fn add_last<const G: usize, const TILES: usize, const HALF: bool>(
     if next.first + lane.warp_column < shape.in_dim {
         let is_inside = next.first + lane.column < shape.in_dim;
         let inputs = if is_inside { take_inputs(lane, next.first) } else { [[0; 4]; TILES] };
-        add_products(sums, &(inputs, take_groups::<G, HALF>(lane, next)));
+        let weights = take_groups::<W, G, HALF>(lane, next);
+        let products = W::multiply::<G, TILES, HALF>(sums, &inputs, &weights);
+        W::settle(sums, &products);
     }
-}
-
-#[inline(always)]
-fn add_products<const G: usize, const TILES: usize>(
-    sums: &mut Sums<G, TILES>,
-    (inputs, weights): &Operands<G, TILES>,
-) {
-    // Neighbours in this order do not depend on each other.
-    for half in 0..2 {
-        for (sums, weights) in sums.iter_mut().zip(weights) {
-            for (sums, b) in sums.iter_mut().zip(inputs) {
-                mma(sums, weights[half], [b[2 * half], b[2 * half + 1]]);
-            }
-        }
-    }
-}
-
-/// The lane's part of a group's two fragments, in a unit of the block that begins at `address` less
-/// the groups before.
-#[inline(always)]
-fn take_weights(lane: &Lane, address: u32, is_half: bool) -> [[u32; 4]; 2] {
-    if is_half {
-        let address = address + lane.half;
-        // SAFETY: this lane's values in a full page.
-        let pairs =
-            unsafe { [load_shared_pair(address), load_shared_pair(address + FRAGMENT_BYTES / 2)] };
-        return pairs.map(|[a, b]| [a, 0, b, 0]);
-    }
-    let address = address + lane.whole;
-    // SAFETY: this lane's values in a full page.
-    unsafe { [load_shared_words(address), load_shared_words(address + FRAGMENT_BYTES)] }
 }
 
 /// The lane's 8 inputs in the block whose columns begin at `first`, as bf16 for each tile.

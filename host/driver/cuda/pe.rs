@@ -8,7 +8,7 @@ use cudarc::driver::sys;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{BLOCK_THREADS, SharedPlan};
 
-use super::kernels::kernel_text;
+use super::kernels::{Purpose, kernel_text};
 use super::{Gpu, wrap};
 use crate::error::{Error, Result};
 
@@ -33,11 +33,11 @@ pub(super) struct Pe {
 }
 
 impl Pe {
-    /// Opens a GPU and loads the kernel, which `has_peers` or not.
+    /// Opens a GPU and loads the kernel for a purpose.
     ///
     /// Errors: a GPU that is too old or has too little shared memory, a build without the kernel.
-    pub(super) fn open(gpu: Gpu, has_peers: bool) -> Result<Pe> {
-        let text = kernel_text(&gpu, has_peers)?;
+    pub(super) fn open(gpu: Gpu, purpose: Purpose) -> Result<Pe> {
+        let text = kernel_text(&gpu, purpose)?;
         if SharedPlan::new(gpu.shared_bytes, 0).is_none() {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));

@@ -18,7 +18,7 @@ use super::plot::Chart;
 use super::report::{Figures, ReportArgs};
 use super::table;
 use crate::cli::{device_count, worker_count};
-use crate::engine::{DeviceKind, Engine, EngineOptions, Request};
+use crate::engine::{DeviceKind, Engine, EngineOptions, Request, Weights};
 use crate::error::{Error, Result};
 use crate::metrics::{format_us, intervals_ns};
 
@@ -151,7 +151,8 @@ impl Bench<'_> {
         shape: EmptyShape,
         vocab_size: u32,
     ) -> Result<Engine> {
-        let device = self.args.device.open(self.args.devices, self.args.busy_poll)?;
+        let args = self.args;
+        let device = args.device.open(args.devices, Weights::Native, args.busy_poll)?;
         let options =
             EngineOptions { workers, step_tokens: STEP_TOKENS, ..EngineOptions::default() };
         Engine::open_empty(device, &options, &shape, vocab_size)
