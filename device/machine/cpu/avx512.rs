@@ -3,8 +3,9 @@
 //! As plain arrays, which the other primitives use, the compiler keeps sums in memory. The order of
 //! additions is that of `lanes`, lane by lane and in the fold, so the bits are the same.
 
+// Their loops count: closures have no instruction set of their own.
+#[allow(clippy::needless_range_loop)]
 pub(super) mod attend;
-// Its loops count: closures have no instruction set of their own.
 #[allow(clippy::needless_range_loop)]
 mod bf16;
 
