@@ -195,6 +195,10 @@ primitive! {
     exp(x: f32) -> f32 = lanes::exp
 }
 
+/// Weight bytes between those that are multiplied for one token and those that are requested, on chips and for formats
+/// that gain by it.
+const STREAM_AHEAD: usize = 8 << 10;
+
 /// Requests a row that is about to be written, so that no other core has it any more; a hint.
 fn expect(row: Span<f32>) {
     let bytes = (row.len() * size_of::<f32>()) as u64;
