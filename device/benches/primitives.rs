@@ -21,6 +21,8 @@ const IN_DIM: usize = 1024;
 /// Rows of a linear task: 128 KiB of two-byte weights.
 const ROW_COUNT: usize = 64;
 const HEAD_DIM: usize = 128;
+/// Values of a split: `HEAD_DIM` and two more, in whole vectors.
+const SPLIT_VALUES: usize = HEAD_DIM + 16;
 /// Query heads that share a KV head.
 const QUERY_COUNT: usize = 2;
 
@@ -28,13 +30,15 @@ fn machine() -> Thread {
     Thread { isa: Isa::detect(), idling: Idling::Yield, clock: Instant::now() }
 }
 
-/// `count` small values, and room for a vector at the end.
+/// `count` small values, and as many more as `span` may leave out.
 fn values(count: usize) -> Vec<f32> {
     (0..count + 16).map(|idx| (idx % 17) as f32 * 0.01 - 0.08).collect()
 }
 
-/// A view of values that the caller keeps.
+/// A view of values that the caller keeps, from the first on that begins a cache line.
 fn span(values: &mut [f32]) -> Span<f32> {
+    let unaligned = values.as_ptr().align_offset(64);
+    let values = &mut values[unaligned..];
     let address = values.as_mut_ptr().expose_provenance() as u64;
     // SAFETY: memory of the caller, who keeps it for as long as the view and reads it no other way
     // meanwhile; there is one thread.
@@ -116,11 +120,13 @@ fn attend(criterion: &mut Criterion) {
     let machine = machine();
     let mut group = criterion.benchmark_group("attend");
     // A split attends to one block of each 1024 positions.
-    for positions in [64, 4096] {
+    for (tokens, positions) in [(1, 64), (1, 4096), (64, 64), (64, 4096)] {
         let [mut keys, mut cached] = [0; 2].map(|_| values(positions * HEAD_DIM));
-        let [mut queries, mut scratch] = [0; 2].map(|_| values(QUERY_COUNT * HEAD_DIM));
+        let query_values = QUERY_COUNT * HEAD_DIM;
+        let [mut queries, mut scratch] = [0; 2].map(|_| values(tokens * query_values));
         let [mut key, mut value, mut cos, mut sin] = [0; 4].map(|_| values(HEAD_DIM));
-        let mut out = values(QUERY_COUNT * SPLIT_ROWS as usize * 144);
+        let out_values = QUERY_COUNT * SPLIT_ROWS as usize * SPLIT_VALUES;
+        let mut out = values(tokens * out_values);
         let half = HEAD_DIM / 2;
         let none = span(&mut key).sub(0, 0);
         let attention = Attention {
@@ -136,16 +142,22 @@ fn attend(criterion: &mut Criterion) {
             sin: span(&mut sin).sub(0, half),
             keys: span(&mut keys).sub(0, positions * HEAD_DIM),
             values: span(&mut cached).sub(0, positions * HEAD_DIM),
-            position: positions as u32 - 1,
+            position: (positions - tokens) as u32,
             scale: 0.1,
             part_idx: 0,
             part_count: ATTENTION_SPLIT_MAX,
             out: span(&mut out),
-            split_values: 144,
+            split_values: SPLIT_VALUES,
             scratch: span(&mut scratch),
         };
-        group.bench_function(format!("{positions} positions, {QUERY_COUNT} queries"), |bencher| {
-            bencher.iter(|| machine.attend(black_box(&attention)));
+        let token = |idx: u32| Attention {
+            position: attention.position + idx,
+            queries: attention.queries.sub(idx as usize * query_values, query_values),
+            out: attention.out.sub(idx as usize * out_values, out_values),
+            ..attention
+        };
+        group.bench_function(format!("{tokens} tokens, {positions} positions"), |bencher| {
+            bencher.iter(|| machine.attend_run(black_box(tokens as u32), token));
         });
     }
 }

@@ -167,6 +167,9 @@ pub trait Machine {
     /// which are in the first one's alone.
     const HAS_PEERS: bool = false;
 
+    /// Whether tokens of a sequence go to `attend_run` together, not each to `attend`; without stamps alone.
+    const ATTENDS_RUNS: bool = false;
+
     /// See `norm_ahead`.
     type NormAhead: Copy + Default;
 
@@ -349,6 +352,10 @@ pub trait Machine {
 
     /// Collective: appends a token's key and value and attends, split by split.
     fn attend(&self, attention: &Attention);
+
+    /// Collective: what `attend` does for each of `count` tokens, with the same bits. They follow each other in
+    /// a sequence, and their positions are in one block of `ATTENTION_BLOCK`. Only where `ATTENDS_RUNS` says so.
+    fn attend_run(&self, _count: u32, _attention: impl Fn(u32) -> Attention) {}
 
     /// Collective: waits for the stamps of all values of `from`, then leaves values in `to`; only with
     /// stamps.

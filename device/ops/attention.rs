@@ -5,7 +5,7 @@
 //! task's input is ready.
 
 use tilert_mk_shared::kv::attention_split_count;
-use tilert_mk_shared::limits::SPLIT_ROWS;
+use tilert_mk_shared::limits::{ATTENTION_BLOCK, SPLIT_ROWS};
 use tilert_mk_shared::sequence::{StepState, StepToken};
 use tilert_mk_shared::task::AttentionArgs;
 
@@ -21,6 +21,10 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let step = super::step(worker);
     // The memory of input rows is about to be used.
     worker.keep_prologue(0);
+    if M::ATTENDS_RUNS {
+        attend_runs(worker, claim, step);
+        return worker.announce(claim);
+    }
     let (mut token_idx, mut is_begun) = (0, false);
     while token_idx < token_count(worker, step) {
         let token = worker.machine.step_token(step, token_idx as usize);
@@ -42,6 +46,34 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
         join(worker, claim);
     }
     worker.announce(claim);
+}
+
+/// Attends run by run. Of two tokens whose positions are in one block, both or neither have positions in the
+/// task's splits.
+#[inline(always)]
+fn attend_runs<M: Machine>(worker: &Worker<M>, claim: &Claim, step: Span<StepState>) {
+    let args = AttentionArgs::unpack(&worker.machine.record(claim.task));
+    let token = |token_idx: u32| worker.machine.step_token(step, token_idx as usize);
+    let mut token_idx = 0;
+    while token_idx < token_count(worker, step) {
+        let first = token(token_idx);
+        let room = ATTENTION_BLOCK - first.position % ATTENTION_BLOCK;
+        let count_max = room.min(token_count(worker, step) - token_idx);
+        let follows = |idx: u32| {
+            let token = token(token_idx + idx);
+            token.slot == first.slot && token.position == first.position + idx
+        };
+        let mut count = 1;
+        while count < count_max && follows(count) {
+            count += 1;
+        }
+        if args.part_idx < attention_split_count(first.position) {
+            worker.machine.attend_run(count, |idx| {
+                attention(worker, &args, token_idx + idx, &token(token_idx + idx))
+            });
+        }
+        token_idx += count;
+    }
 }
 
 /// Merges the splits of the task's KV head, together with the tasks that have its other parts.

@@ -1,5 +1,6 @@
 //! Attention tasks: grouped heads, norms, several slots, one split and many.
 
+use tilert_mk_device::machine::memory::Span;
 use tilert_mk_model::reference::{self, AttentionShape};
 use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::limits::{ATTENTION_BLOCK, ATTENTION_SPLIT_MAX};
@@ -170,9 +171,26 @@ impl<'a> Setup<'a> {
         found.iter().zip(&size).enumerate().map(near).collect()
     }
 
+    /// What the op has left for a token's head, split by split.
+    fn splits(&self, token_idx: u32, head_idx: u32, position: u32) -> Vec<Span<f32>> {
+        let (header, dim) = (&self.rig.header, u64::from(self.shape.head_dim));
+        let part = |split| {
+            let first = header.dims.split_idx(token_idx, head_idx, split);
+            self.rig.heap::<f32>(header.plan.splits + first * 4, dim + 2)
+        };
+        (0..attention_split_count(position)).map(part).collect()
+    }
+
+    /// The bits of what the op has left for a token.
+    fn bits(&self, token_idx: u32, position: u32) -> Vec<u32> {
+        let heads = 0..self.shape.head_count;
+        let splits = heads.flat_map(|head_idx| self.splits(token_idx, head_idx, position));
+        let bits = |split: Span<f32>| split.as_slice().iter().map(|v| v.to_bits()).collect();
+        splits.flat_map(|split| -> Vec<u32> { bits(split) }).collect()
+    }
+
     /// Compares what the op has left for a token with the twin.
-    fn check_token(&self, token_idx: u32, qkv: &[f32], (slot, position): (u32, u32)) -> Vec<u32> {
-        let dims = &self.rig.header.dims;
+    fn check_token(&self, token_idx: u32, qkv: &[f32], (slot, position): (u32, u32)) {
         let dim = u64::from(self.shape.head_dim);
         for kv_head_idx in 0..self.shape.kv_head_count {
             let found = |plane| {
@@ -187,15 +205,9 @@ impl<'a> Setup<'a> {
             }
         }
         let expected = self.expected(qkv, slot, position);
-        let mut bits = Vec::new();
         for head_idx in 0..self.shape.head_count {
-            let part = |split| {
-                let first = dims.split_idx(token_idx, head_idx, split);
-                self.rig.heap::<f32>(self.rig.header.plan.splits + first * 4, dim + 2)
-            };
-            let parts: Vec<_> = (0..attention_split_count(position)).map(part).collect();
+            let parts = self.splits(token_idx, head_idx, position);
             let views: Vec<&[f32]> = parts.iter().map(|part| part.as_slice()).collect();
-            bits.extend(views.concat().iter().map(|value| value.to_bits()));
             let merged = reference::merge(&views);
             let expected = &expected[head_idx as usize * dim as usize..];
             for (column, (found, near)) in merged.iter().zip(expected).enumerate() {
@@ -203,18 +215,24 @@ impl<'a> Setup<'a> {
                 near.check(*found, &what);
             }
         }
-        bits
     }
 }
 
-/// Runs all steps on one instruction set, each head in so many parts; the bits of all splits.
-fn run(rig: &Rig, has_norm: bool, part_count: u32) -> Vec<u32> {
+/// Runs steps on one instruction set, each head in so many parts; the bits of all splits, which may have been
+/// compared with the twin.
+fn run<'a>(
+    rig: &Rig,
+    has_norm: bool,
+    part_count: u32,
+    steps: impl IntoIterator<Item = &'a [(u32, u32)]>,
+    is_checked: bool,
+) -> Vec<u32> {
     let dims = rig.header.dims;
     let mut random = Random::new(u64::from(dims.head_count * 1000 + dims.kv.head_dim));
     let mut setup = Setup::new(rig, &mut random, has_norm);
     let norms = setup.norms.as_ref().map(|norms| [0, 1].map(|idx| Memory::of(&norms[idx])));
     let mut bits = Vec::new();
-    for step in STEPS {
+    for step in steps {
         let token = |(slot, position): &(u32, u32)| StepToken {
             token: 0,
             slot: *slot,
@@ -249,7 +267,10 @@ fn run(rig: &Rig, has_norm: bool, part_count: u32) -> Vec<u32> {
             setup.append(qkv, *slot, *position);
         }
         for ((idx, qkv), token) in (0..).zip(qkv.chunks(qkv_dim)).zip(step) {
-            bits.extend(setup.check_token(idx, qkv, *token));
+            if is_checked {
+                setup.check_token(idx, qkv, *token);
+            }
+            bits.extend(setup.bits(idx, token.1));
         }
     }
     bits
@@ -267,9 +288,29 @@ fn grouped_heads_over_one_split_and_many() {
         let mut first: Option<Vec<u32>> = None;
         Rig::for_each_isa(&dims(64, heads, CONTEXT_MAX), |rig| {
             for part_count in [1, 3, ATTENTION_SPLIT_MAX] {
-                let bits = run(rig, has_norm, part_count);
+                let bits = run(rig, has_norm, part_count, STEPS, true);
                 let is_same = *first.get_or_insert(bits.clone()) == bits;
                 assert!(is_same, "{heads:?} in {part_count} parts: bits differ");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_token_has_the_bits_in_a_run_that_it_has_alone() {
+    // Steps of 64: the first positions and a block's end, a whole block, more splits than have positions before.
+    let runs = [(0, 0, 30), (1, 50, 34), (2, 960, 64), (1, 84, 3), (0, 30, 40), (2, 1024, 21)];
+    let of_run =
+        |(slot, first, count)| (first..first + count).map(move |position| (slot, position));
+    let tokens: Vec<(u32, u32)> = runs.into_iter().flat_map(of_run).collect();
+    for (heads, has_norm) in
+        [([4, 2, 16], true), ([3, 3, 8], false), ([7, 1, 72], false), ([2, 2, 128], true)]
+    {
+        Rig::for_each_isa(&dims(64, heads, CONTEXT_MAX), |rig| {
+            let alone = run(rig, has_norm, 3, tokens.chunks(1), false);
+            for (step_tokens, part_count) in [(64, 1), (64, 3), (7, 3), (2, ATTENTION_SPLIT_MAX)] {
+                let together = run(rig, has_norm, part_count, tokens.chunks(step_tokens), false);
+                assert!(alone == together, "{heads:?} in steps of {step_tokens}: bits differ");
             }
         });
     }

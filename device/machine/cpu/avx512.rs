@@ -3,8 +3,9 @@
 //! As plain arrays, which the other primitives use, the compiler keeps sums in memory. The order of
 //! additions is that of `lanes`, lane by lane and in the fold, so the bits are the same.
 
+// Their loops count: closures have no instruction set of their own.
+#[allow(clippy::needless_range_loop)]
 pub(super) mod attend;
-// Its loops count: closures have no instruction set of their own.
 #[allow(clippy::needless_range_loop)]
 mod bf16;
 
@@ -20,7 +21,7 @@ use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
 use super::lanes::{Bf16, LANES, Stored, VECTOR, weights};
-use super::{InputForm, Matrix, amx};
+use super::{InputForm, Matrix, STREAM_AHEAD, amx};
 use crate::machine::Rows;
 
 /// Rows of a block.
@@ -30,13 +31,17 @@ const TOKENS: usize = 4;
 /// Weight bytes between those that are multiplied and those that are requested, where rows are read
 /// side by side: streams too short for the prefetcher of the chip.
 const SIDE_BY_SIDE_AHEAD: usize = 16 << 10;
-/// The same where rows are one stream. On a Zen 5 such reads take 90% of a core's bandwidth without requests and all
-/// of it with them; a Zen 4, which has no AVX-VNNI, follows the stream by itself, and requests slow it down.
-const STREAM_AHEAD: usize = 8 << 10;
 /// Rows of models so small that their weights stay in the caches: four side by side share inputs.
 const SHORT_ROW_BYTES: usize = 1 << 9;
 /// Sums that are folded at once.
 const FOLDED: usize = 16;
+
+/// Bytes ahead of which weights that are one stream are requested; 0 for no requests. On a Zen 5 such reads take 50 to
+/// 90% of a core's bandwidth without them and all of it with them; a Zen 4, which has no AVX-VNNI, follows the stream
+/// by itself, and requests take up to half of its speed.
+pub(super) fn stream_ahead() -> usize {
+    if is_x86_feature_detected!("avxvnni") { STREAM_AHEAD } else { 0 }
+}
 
 /// See `super::matmul`.
 #[target_feature(enable = "avx512f,avx2,fma,f16c")]
@@ -71,7 +76,7 @@ fn matmul_stored<W: Wide>(m: Matrix, x: Rows, token_count: usize, y: Rows, out_f
         products::<W, 1, TOKENS>(&m, whole..all, &x, token, &y, out_first, 0);
         token += TOKENS;
     }
-    let ahead = if is_x86_feature_detected!("avxvnni") { STREAM_AHEAD } else { 0 };
+    let ahead = stream_ahead();
     match token_count - token {
         1 if m.in_dim * size_of::<W>() <= SHORT_ROW_BYTES => {
             let fours = all - all % 4;

@@ -74,9 +74,6 @@ struct Digits {
     reserved: [u32; 4],
 }
 
-/// Weight bytes between those that are multiplied for one token and those that are requested.
-const PREFETCH_BYTES: usize = 8 << 10;
-
 /// Memory of a block of input values, whatever they are.
 type Block = [u32; Q_COLUMNS];
 
@@ -123,11 +120,12 @@ fn offset(format: WeightFormat) -> i32 {
     if format == WeightFormat::Q4 { Q4_OFFSET } else { Q8_OFFSET }
 }
 
-/// Requests the weights that follow a block at some distance.
+/// Requests the weights that are `ahead` bytes after a block, unless that is 0.
 #[inline(always)]
-fn request(block: &[u8]) {
-    let ahead = block.as_ptr().wrapping_add(PREFETCH_BYTES);
-    super::prefetch(ahead as u64, block.len() as u64);
+fn request(block: &[u8], ahead: usize) {
+    if ahead > 0 {
+        super::prefetch(block.as_ptr().wrapping_add(ahead) as u64, block.len() as u64);
+    }
 }
 
 /// Writes the integers of `bits` bits of a row `from` over `to`, which may be the same memory and

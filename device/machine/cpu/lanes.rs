@@ -1,6 +1,6 @@
 //! The bodies of the tile primitives, over 32 lanes that the compiler maps to vectors.
 
-use super::Matrix;
+use super::{Matrix, Query};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
 use half::f16;
@@ -16,7 +16,7 @@ pub(super) type Lanes = [[f32; VECTOR]; 2];
 /// Positions that attention scores before it adds their values.
 pub(super) const SCORE_BLOCK: usize = ATTENTION_BLOCK as usize;
 /// Positions from one block of a split to the next.
-const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
+pub(super) const SCORE_STEP: usize = SCORE_BLOCK * ATTENTION_SPLIT_MAX as usize;
 /// Keys whose products with a query run side by side.
 const KEY_GROUP: usize = 4;
 
@@ -267,29 +267,22 @@ fn accumulate<const N: usize>(
 
 /// The blocks of a split in one plane, `[positions, dim]` from the split's first position on.
 #[inline(always)]
-pub(super) fn blocks(plane: &[f32], dim: usize) -> impl Iterator<Item = &[f32]> {
+fn blocks(plane: &[f32], dim: usize) -> impl Iterator<Item = &[f32]> {
     let steps = plane.chunks(SCORE_STEP * dim);
     steps.map(move |step| &step[..step.len().min(SCORE_BLOCK * dim)])
 }
 
 /// Blocks are always whole, with weights of zero where there are no positions.
 #[inline(always)]
-pub(super) fn attend(
-    queries: Rows,
-    query_count: usize,
-    keys: &[f32],
-    values: &[f32],
-    scale: f32,
-    out: Rows,
-) {
-    let dim = queries.stride;
-    for row in 0..query_count {
-        let query = queries.row(row, dim);
-        let sums = out.row(row, dim);
+pub(super) fn attend(queries: &[Query], keys: &[f32], values: &[f32], scale: f32) {
+    for query in queries {
+        let dim = query.values.len();
+        let [keys, values] = [keys, values].map(|plane| &plane[..query.count * dim]);
+        let sums = query.out.sub(0, dim);
         let (largest, total) =
-            attend_query(query.as_slice(), keys, values, scale, sums.as_mut_slice());
-        out.values.write(row * out.stride + dim, largest);
-        out.values.write(row * out.stride + dim + 1, total);
+            attend_query(query.values.as_slice(), keys, values, scale, sums.as_mut_slice());
+        query.out.write(dim, largest);
+        query.out.write(dim + 1, total);
     }
 }
 

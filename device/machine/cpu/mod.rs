@@ -148,13 +148,26 @@ primitive! {
     /// `gate = silu(gate) * up`.
     silu_mul(gate: &mut [f32], up: &[f32]) = lanes::silu_mul
 }
+/// Queries that `attend` takes at most: the keys and values of a block go through the first level of cache once for
+/// all of them.
+const ATTEND_QUERIES_MAX: usize = 16;
+
+/// A rotated query and what `attend` does for it.
+#[derive(Clone, Copy)]
+struct Query {
+    /// Its `dim` values.
+    values: Span<f32>,
+    /// Positions from the split's first to the query's own, those of other splits between them counted.
+    count: usize,
+    /// Gets the weighted sum of values, `dim` of them, then the largest score and the sum of weights.
+    out: Span<f32>,
+}
+
 primitive! {
-    /// Queries `[query_count, dim]`, `dim` apart, against the positions of a split, `[positions, dim]`
-    /// from its first to the queries' own: leaves the weighted sum of values in each row of `out`,
-    /// and after it the largest score and the sum of weights.
-    attend(
-        queries: Rows, query_count: usize, keys: &[f32], values: &[f32], scale: f32, out: Rows
-    ) = lanes::attend, lanes::attend, avx512::attend::attend
+    /// Queries of consecutive tokens against the positions of a split, `[positions, dim]` from its first to the last
+    /// query's own. All of them end in the same block.
+    attend(queries: &[Query], keys: &[f32], values: &[f32], scale: f32)
+        = lanes::attend, lanes::attend, avx512::attend::attend
 }
 primitive! {
     /// What splits of one query are together: rows of `out.len()` weighted values, their largest score and their
@@ -181,6 +194,10 @@ primitive! {
     /// `e^x`, within 2 units in the last place; 0 below -87.
     exp(x: f32) -> f32 = lanes::exp
 }
+
+/// Weight bytes between those that are multiplied for one token and those that are requested, on chips and for formats
+/// that gain by it.
+const STREAM_AHEAD: usize = 8 << 10;
 
 /// Requests a row that is about to be written, so that no other core has it any more; a hint.
 fn expect(row: Span<f32>) {

@@ -8,7 +8,7 @@ use tilert_mk_shared::program::{Dims, INPUT_ROW_MULTIPLE};
 use tilert_mk_shared::sequence::StepState;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::{InputForm, Isa, Matrix, blocks};
+use super::{ATTEND_QUERIES_MAX, InputForm, Isa, Matrix, Query, blocks};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
 use crate::machine::{Attention, BestPlace, Finish, Machine, Rows};
@@ -59,10 +59,60 @@ impl Thread {
         }
         super::rope(self.isa, out, attention.cos.as_slice(), attention.sin.as_slice());
     }
+
+    /// Appends the key and value of token `idx` of a run, and leaves its rotated queries in the scratch.
+    fn prepare(&self, attention: &Attention, idx: u32) {
+        let Attention { head_dim: dim, query_count, position, .. } = *attention;
+        if attention_split(position) % attention.part_count == attention.part_idx {
+            let row = position as usize * dim;
+            self.rotate(attention, attention.key, attention.key_norm, attention.keys.sub(row, dim));
+            let value = attention.values.sub(row, dim);
+            value.as_mut_slice().copy_from_slice(attention.value.as_slice());
+        }
+        for query in 0..query_count {
+            let from = attention.queries.sub(query * dim, dim);
+            self.rotate(attention, from, attention.query_norm, rotated(attention, idx, query));
+        }
+    }
+
+    /// Attends to a split for all queries of the `count` tokens of a run.
+    fn attend_split(&self, split: u32, count: u32, attention: &impl Fn(u32) -> Attention) {
+        let last = attention(count - 1);
+        let dim = last.head_dim;
+        let first = split * ATTENTION_BLOCK;
+        let [keys, values] = [last.keys, last.values].map(|plane| {
+            plane.sub(first as usize * dim, (last.position + 1 - first) as usize * dim)
+        });
+        let attend = |queries: &[Query]| {
+            super::attend(self.isa, queries, keys.as_slice(), values.as_slice(), last.scale);
+        };
+        let mut queries = [Query { values: last.out, count: 0, out: last.out }; ATTEND_QUERIES_MAX];
+        let mut len = 0;
+        for idx in 0..count {
+            let token = attention(idx);
+            for query in 0..token.query_count {
+                queries[len] = Query {
+                    values: rotated(&token, idx, query),
+                    count: (token.position + 1 - first) as usize,
+                    out: token.out.sub(token.out_idx(query as u32, split), dim + 2),
+                };
+                len += 1;
+                if len == ATTEND_QUERIES_MAX {
+                    attend(&queries);
+                    len = 0;
+                }
+            }
+        }
+        if len > 0 {
+            attend(&queries[..len]);
+        }
+    }
 }
 
 impl Machine for Thread {
     const IS_STEALABLE: bool = true;
+
+    const ATTENDS_RUNS: bool = true;
 
     type NormAhead = ();
 
@@ -242,36 +292,17 @@ impl Machine for Thread {
     }
 
     fn attend(&self, attention: &Attention) {
-        let Attention { head_dim: dim, query_count, position, .. } = *attention;
-        if attention_split(position) % attention.part_count == attention.part_idx {
-            let row = position as usize * dim;
-            self.rotate(attention, attention.key, attention.key_norm, attention.keys.sub(row, dim));
-            let value = attention.values.sub(row, dim);
-            value.as_mut_slice().copy_from_slice(attention.value.as_slice());
+        self.attend_run(1, |_| *attention);
+    }
+
+    fn attend_run(&self, count: u32, attention: impl Fn(u32) -> Attention) {
+        let last = attention(count - 1);
+        for idx in 0..count {
+            self.prepare(&attention(idx), idx);
         }
-        let queries = attention.scratch.sub(0, query_count * dim);
-        for first in (0..query_count).map(|query| query * dim) {
-            let from = attention.queries.sub(first, dim);
-            self.rotate(attention, from, attention.query_norm, queries.sub(first, dim));
-        }
-        let queries = Rows { values: queries, stride: dim };
-        let splits = attention.part_idx..attention_split_count(position);
-        for split in splits.step_by(attention.part_count as usize) {
-            let first = (split * ATTENTION_BLOCK) as usize;
-            let count = position as usize + 1 - first;
-            let [keys, values] =
-                [attention.keys, attention.values].map(|plane| plane.sub(first * dim, count * dim));
-            let (at, stride) = (attention.out_idx(0, split), attention.out_idx(1, 0));
-            let out = attention.out.sub(at, (query_count - 1) * stride + dim + 2);
-            super::attend(
-                self.isa,
-                queries,
-                query_count,
-                keys.as_slice(),
-                values.as_slice(),
-                attention.scale,
-                Rows { values: out, stride },
-            );
+        let splits = last.part_idx..attention_split_count(last.position);
+        for split in splits.step_by(last.part_count as usize) {
+            self.attend_split(split, count, &attention);
         }
     }
 
@@ -301,6 +332,12 @@ impl Machine for Thread {
     fn exp(&self, x: f32) -> f32 {
         super::exp(self.isa, x)
     }
+}
+
+/// Where a rotated query of token `idx` of a run is.
+fn rotated(attention: &Attention, idx: u32, query: usize) -> Span<f32> {
+    let Attention { head_dim: dim, query_count, .. } = *attention;
+    attention.scratch.sub((idx as usize * query_count + query) * dim, dim)
 }
 
 /// The best of values whose indices begin at `first`.

@@ -17,6 +17,7 @@ use super::{
     Digits, FP8_BLOCK, FP8_CODE_BYTES, FP8_SCALE_BYTES, Halves, LOWER_BITS, Q_COLUMNS,
     Q_SCALE_BYTES, Q4_OFFSET, Q8_OFFSET, ROWS, UPPER, exponent, factors, q_code_bytes,
 };
+use crate::machine::cpu::STREAM_AHEAD;
 
 /// Rows of a vector of sums.
 const HALF: usize = ROWS / 2;
@@ -133,7 +134,7 @@ pub(super) fn halves<const T: usize, const IS_EXACT: bool>(
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
         if T == 1 {
-            super::request(block);
+            super::request(block, STREAM_AHEAD);
         }
         for t in 0..T {
             let x = &x[t][idx];
@@ -159,7 +160,7 @@ pub(super) fn digits<const T: usize, const IS_EXACT: bool>(
     for idx in 0..x[0].len() {
         let block = &strip[idx * (CODE_BYTES + Q_SCALE_BYTES)..][..CODE_BYTES + Q_SCALE_BYTES];
         if T == 1 {
-            super::request(block);
+            super::request(block, STREAM_AHEAD);
         }
         for t in 0..T {
             let x = &x[t][idx];
@@ -297,7 +298,7 @@ pub(super) fn floats<const T: usize>(strip: &[u8], x: [&[f32]; T]) -> [[f32; ROW
     for (idx, first) in (0..x[0].len()).step_by(FP8_BLOCK).enumerate() {
         let block = &strip[idx * block_bytes..][..block_bytes];
         if T == 1 {
-            super::request(block);
+            super::request(block, STREAM_AHEAD);
         }
         let count = FP8_BLOCK.min(x[0].len() - first);
         for half in 0..2 {
