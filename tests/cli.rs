@@ -86,7 +86,7 @@ fn copy_of(family: &str) -> tempfile::TempDir {
 
 #[test]
 fn usage_errors_exit_with_2() {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 17] = [
         (&[], "subcommand"),
         (&["lunch"], "lunch"),
         (&["launch", "--modle", "x"], "--modle"),
@@ -96,6 +96,8 @@ fn usage_errors_exit_with_2() {
         (&["launch", "--temperature", "-1"], "--temperature"),
         (&["launch", "--top-p", "2"], "--top-p"),
         (&["launch", "--workers", "0"], "--workers"),
+        (&["launch", "--devices", "9"], "--devices"),
+        (&["launch", "--device", "cpu", "--devices", "2"], "--device cuda"),
         (&["launch", "--prefill-chunk", "65"], "--prefill-chunk"),
         (&["launch", "--compute", "int3"], "--compute"),
         (&["launch", "--prompt-ids", "1,x"], "--prompt-ids"),

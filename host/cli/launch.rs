@@ -39,6 +39,7 @@ Examples:
   tilert-mk launch --model DIR --prompt 'Once upon a time' --temperature 0.8 --seed 1
   tilert-mk launch --model DIR --prompt-ids 1,2,3 --max-tokens 16 --format json
   echo 'def fib(n):' | tilert-mk launch --model DIR --stop 'def '
+  tilert-mk launch --model DIR --devices 2 --prompt-file FILE
   tilert-mk launch --model DIR --prompt-file FILE --trace trace.json
 
 Without a prompt flag the prompt is stdin. When stdin is a terminal, --model DIR starts a chat with

@@ -84,8 +84,8 @@ struct ModelArgs {
     /// Use weights in place, copy them once, or make random ones from config.json alone.
     #[arg(long, value_enum, default_value_t = LoadMode::Map)]
     load: LoadMode,
-    /// Quantise the matrices when they are loaded, the embedding excepted; on the CPU alone. They are
-    /// then a copy, whatever --load says.
+    /// Quantise the matrices when they are loaded, the embedding excepted; to q8 and q4 on the CPU alone.
+    /// They are then a copy, whatever --load says.
     #[arg(long, value_enum, default_value_t = Weights::Native)]
     weights: Weights,
     /// Precision of the activations that are multiplied, bf16 on the CPU alone; sums are f32 or exact.

@@ -200,21 +200,22 @@ impl Fp8 {
     fn fragments(&self, is_half: bool) -> [[u32; 4]; 2] {
         let [a, b, c, d] = self.codes;
         if is_half {
-            return [a, b].map(|word| [first(word), 0, second(word), 0]);
+            return [a, b].map(|word| [first_codes(word), 0, second_codes(word), 0]);
         }
-        [[a, b], [c, d]].map(|[a, b]| [first(a), second(a), first(b), second(b)])
+        [[a, b], [c, d]]
+            .map(|[a, b]| [first_codes(a), second_codes(a), first_codes(b), second_codes(b)])
     }
 }
 
 /// The first codes of both halves of a word as bf16, see `spread_code`.
 #[inline(always)]
-fn first(word: u32) -> u32 {
+fn first_codes(word: u32) -> u32 {
     raised(word & 0x87f0_87f0)
 }
 
 /// The second ones.
 #[inline(always)]
-fn second(word: u32) -> u32 {
+fn second_codes(word: u32) -> u32 {
     raised(word << 4 & 0x80f0_80f0 | word >> 4 & 0x0700_0700)
 }
 
