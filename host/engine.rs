@@ -31,7 +31,10 @@ pub use self::request::{
     Request, Weights,
 };
 
-use self::bind::{bind, bytes_of, bytes_of_mut, format_of, load, open_checkpoint, read_config};
+use self::bind::{
+    bind, bytes_of, bytes_of_mut, check_fp8, dummy_tensors, format_of, load, open_checkpoint,
+    read_config, table_dtype,
+};
 use self::pace::Pace;
 use crate::driver::{Device, Profile};
 use crate::error::{Error, Result};
@@ -95,12 +98,8 @@ impl Engine {
                 (config, Some(checkpoint))
             }
         };
-        let table = "model.embed_tokens.weight";
         let dtype = match &checkpoint {
-            Some(checkpoint) => {
-                checkpoint.require(table)?;
-                checkpoint.tensor(table).map_or(Dtype::F32, |view| view.dtype)
-            }
+            Some(checkpoint) => table_dtype(checkpoint, &config)?,
             None => Dtype::Bf16,
         };
         let lower_options = lower_options(&config, device.profile(), options, dtype)?;
@@ -109,7 +108,7 @@ impl Engine {
             program.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let weights: Box<dyn WeightSource + Send> = match checkpoint {
             Some(checkpoint) => load(checkpoint, options, &needed, progress)?,
-            None => Box::new(DummyWeights::new(&needed, dtype, 0, progress)?),
+            None => Box::new(DummyWeights::new(&dummy_tensors(&program, dtype), 0, progress)?),
         };
         let mut engine = Engine::build(config, program, device, weights, dtype, options, progress)?;
         engine.prepare()?;
@@ -441,6 +440,9 @@ fn lower_options(
             "{}: a head dimension of {dim}, not of eights",
             profile.name
         )));
+    }
+    if config.fp8.is_some() {
+        check_fp8(profile, options)?;
     }
     let format = match options.weights {
         Weights::Native => format_of(dtype),

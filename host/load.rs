@@ -165,7 +165,7 @@ impl Checkpoint {
 
     /// The tensor of that name.
     ///
-    /// Errors:  `Missing`, or `Dtype` if its elements are not F32, F16 or BF16.
+    /// Errors:  `Missing`, or `Dtype` if its elements are not F32, F16, BF16 or F8_E4M3.
     pub fn require(&self, name: &str) -> Result<TensorView<'_>, LoadError> {
         let missing = || LoadError::Missing { path: self.path.clone(), name: shorten(name) };
         let place = self.tensors.get(name).ok_or_else(missing)?;

@@ -7,11 +7,13 @@
 //! Source: `transformers` configuration classes of llama, mistral, qwen2 and qwen3.
 
 mod fields;
+mod fp8_keys;
 mod rope_keys;
 
 use crate::families::{AttentionBias, Window};
 use fields::Fields;
 
+pub use self::fp8_keys::Fp8Modules;
 pub use crate::families::Architecture;
 
 /// Most layers accepted.
@@ -126,6 +128,8 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// A query at position p sees the keys p-window+1 to p only, on every layer; >= 1.
     pub sliding_window: Option<u32>,
+    /// Which matrices are stored as FP8, if some are.
+    pub fp8: Option<Fp8Modules>,
     /// Tokens that end generation; each below `vocab_size`, at most `EOS_COUNT_MAX`.
     pub eos_ids: Vec<u32>,
     /// Token that begins a sequence; below `vocab_size`.
@@ -210,6 +214,7 @@ impl ModelConfig {
             mlp_bias: fields.boolean("mlp_bias")?.unwrap_or(false),
             qk_norm: family.has_qk_norm,
             sliding_window: sliding_window(&fields, family.window, layer_count)?,
+            fp8: fp8_keys::fp8(&fields, family.names.head)?,
             eos_ids,
             bos_id,
         })
@@ -265,9 +270,6 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, ConfigError> {
 fn refuse_unsupported(fields: &Fields<'_>, architecture: Architecture) -> Result<(), ConfigError> {
     if fields.text("hidden_act")?.is_some_and(|name| name != "silu") {
         return Err(fields.refuse("hidden_act", "silu"));
-    }
-    if fields.present("quantization_config") {
-        return Err(fields.refuse("quantization_config", "absent: weights in f32, f16 or bf16"));
     }
     if fields.boolean("rope_interleaved")? == Some(true) {
         return Err(fields.refuse("rope_interleaved", "false"));

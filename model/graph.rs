@@ -4,7 +4,8 @@
 //! one before it has made, so the list is the graph. Tensors are named here and nowhere else. Knows
 //! configurations and families; does not know workers, tiles, events or the heap.
 
-use tilert_mk_shared::task::{Epilogue, Prologue, TokenRows};
+use tilert_mk_shared::blocks::FP8_BLOCK;
+use tilert_mk_shared::task::{Epilogue, Prologue, TokenRows, WeightFormat};
 
 use crate::config::ModelConfig;
 use crate::families::TensorNames;
@@ -16,6 +17,22 @@ pub struct Tensor {
     pub name: String,
     /// Its shape, outermost first.
     pub shape: Vec<u64>,
+    /// Of a matrix that is stored as FP8: the tensor of its scales, one for each block of 128 rows
+    /// and 128 columns.
+    pub scales: Option<TensorIdx>,
+}
+
+impl Tensor {
+    /// Bytes of a matrix's row in the checkpoint, whose other matrices are `stored`.
+    pub fn stored_row_bytes(&self, stored: WeightFormat) -> u64 {
+        let format = if self.scales.is_some() { WeightFormat::Fp8 } else { stored };
+        self.shape.last().map_or(0, |columns| columns * format.value_bytes())
+    }
+
+    /// The format in which tasks read a matrix; they read `others` if they are not stored as FP8.
+    pub fn format(&self, others: WeightFormat) -> WeightFormat {
+        if self.scales.is_some() { WeightFormat::Fp8 } else { others }
+    }
 }
 
 /// Index of a tensor in `Graph::tensors`.
@@ -132,7 +149,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn tensor(&mut self, name: String, shape: &[u32]) -> TensorIdx {
         let shape = shape.iter().map(|axis| u64::from(*axis)).collect();
-        self.graph.tensors.push(Tensor { name, shape });
+        self.graph.tensors.push(Tensor { name, shape, scales: None });
         TensorIdx(self.graph.tensors.len() as u32 - 1)
     }
 
@@ -148,6 +165,11 @@ impl Builder<'_> {
     fn matrix(&mut self, name: &str, shape: [u32; 2], has_bias: bool, out_first: u32) -> Matrix {
         let weight = self.tensor(format!("{name}.weight"), &shape);
         let bias = has_bias.then(|| self.tensor(format!("{name}.bias"), &shape[..1]));
+        if self.config.fp8.as_ref().is_some_and(|fp8| fp8.contains(name)) {
+            let blocks = shape.map(|axis| axis.div_ceil(FP8_BLOCK as u32));
+            let scales = self.tensor(format!("{name}.weight_scale_inv"), &blocks);
+            self.graph.tensors[weight.0 as usize].scales = Some(scales);
+        }
         Matrix { weight, bias, row_count: shape[0], out_first }
     }
 
@@ -310,5 +332,29 @@ mod tests {
         let biased = graph("llama", r#", "attention_bias": true, "mlp_bias": true"#);
         assert_eq!(ends_in(&biased, "_proj.bias"), 2 * 7);
         assert_eq!(graph("mistral", ""), graph("llama", ""));
+    }
+
+    #[test]
+    fn fp8_matrices_have_scales() {
+        let graph = graph(
+            "llama",
+            r#", "attention_bias": true, "quantization_config": {"quant_method": "fp8",
+            "weight_block_size": [128, 128], "modules_to_not_convert": ["model.layers.1"]}"#,
+        );
+        let scaled: Vec<_> =
+            graph.tensors.iter().filter(|tensor| tensor.scales.is_some()).collect();
+        assert_eq!(scaled.len(), 7);
+        for matrix in &scaled {
+            let scales = &graph.tensors[matrix.scales.unwrap().0 as usize];
+            assert_eq!(scales.name, matrix.name.clone() + "_scale_inv");
+            let is_down = matrix.name.ends_with("down_proj.weight");
+            assert_eq!(
+                scales.shape,
+                if is_down { [1, 2] } else { [matrix.shape[0].div_ceil(128), 1] }
+            );
+        }
+        let down = scaled.last().unwrap();
+        assert_eq!(down.stored_row_bytes(WeightFormat::Bf16), 160);
+        assert_eq!(graph.tensors[0].stored_row_bytes(WeightFormat::Bf16), 128);
     }
 }

@@ -6,13 +6,14 @@
 //! Weights are named by index into `Program::tensors`, with a byte offset: `(index + 1) << 40 |
 //! offset`. The host replaces the names by addresses when it has loaded the weights.
 
+mod dims;
 mod empty;
+mod formats;
 
 use tilert_mk_shared::blocks::STRIP_ROWS;
 use tilert_mk_shared::event::EventId;
-use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
-use tilert_mk_shared::program::{Dims, HeapPlan, SAMPLE_BIN_COUNT};
+use tilert_mk_shared::program::{Dims, HeapPlan};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
     AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, SampleArgs, Segment, Task,
@@ -24,6 +25,8 @@ use crate::graph::{Graph, Kind, Linear, Matrix, TensorIdx, Value};
 use crate::place::{StageCosts, place};
 use crate::schedule::queues;
 use crate::validate::{ValidateError, check_dims, validate};
+
+use self::dims::dims;
 
 pub use self::empty::{EmptyShape, lower_empty};
 pub use crate::graph::Tensor;
@@ -38,6 +41,19 @@ pub enum LowerError {
         wanted: u32,
         /// Positions it has.
         limit: u32,
+    },
+    /// Matrices of one operator, of which not all are stored as FP8.
+    #[error(
+        "`{fp8}` is FP8 and `{other}` is not: matrices that are multiplied together, as those of \
+         {operator} are, must be of one kind"
+    )]
+    Mixed {
+        /// The operator.
+        operator: String,
+        /// A tensor that is FP8.
+        fp8: String,
+        /// One that is not.
+        other: String,
     },
     /// Sizes outside the bounds of the runtime, or a program that is not proved to be safe.
     #[error("the model cannot be run: {0}")]
@@ -55,9 +71,9 @@ pub struct LowerOptions {
     pub context_max: u32,
     /// Tokens of a step at most.
     pub step_tokens_max: u32,
-    /// Format in which the checkpoint stores the matrices.
+    /// Format in which the checkpoint stores the matrices that are not FP8.
     pub stored_format: WeightFormat,
-    /// Format in which linear tasks read them: the same, or one of blocks.
+    /// Format in which linear tasks read those: the same, or one of blocks.
     pub format: WeightFormat,
     /// How precisely they multiply.
     pub precision: Precision,
@@ -87,9 +103,10 @@ pub struct Program {
     pub queue_spans: Vec<QueueSpan>,
     /// Entries of all queues.
     pub queue_entries: Vec<u32>,
-    /// Format in which the checkpoint stores all matrices: names of weights count its bytes.
+    /// Format in which the checkpoint stores the matrices that are not FP8: names of weights count
+    /// bytes as stored.
     pub stored_format: WeightFormat,
-    /// Format in which linear tasks read them.
+    /// Format in which linear tasks read those.
     pub format: WeightFormat,
     /// How precisely linear tasks multiply.
     pub precision: Precision,
@@ -110,7 +127,8 @@ const ATTENTION_POSITIONS_NOMINAL: u64 = 512;
 
 /// Lowers a dense decoder to a program that has been proved safe to run.
 ///
-/// Errors:  a context that the model does not have; sizes outside `shared/limits.rs`.
+/// Errors:  a context that the model does not have; operators of matrices that are FP8 and others;
+///          sizes outside `shared/limits.rs`.
 /// Cost:    proportional to the tasks; 20 000 take some 20 ms, a third of it for the proof.
 pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, LowerError> {
     let limit = config.sliding_window.unwrap_or(u32::MAX).min(config.position_max);
@@ -122,8 +140,9 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
     // Regions whose sizes only the tasks tell follow every region that a task names.
     let draft = HeapPlan::new(&dims, options.worker_count, 0, 0);
     let graph = Graph::new(config);
+    formats::check(&graph)?;
     let Builder { tasks, names, homes, event_arrivals, rows_max, head_task_count, .. } =
-        Builder::new(options, &dims, &draft).build(&graph);
+        Builder::new(options, &dims, &draft, &graph).build();
     dims.task_rows_max = rows_max;
     dims.head_task_count = head_task_count;
     let (event_count, task_count) = (event_arrivals.len() as u32, tasks.len() as u32);
@@ -149,46 +168,6 @@ pub fn lower(config: &ModelConfig, options: &LowerOptions) -> Result<Program, Lo
     Ok(program)
 }
 
-fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
-    let prologue_dim = config.hidden_dim.max(config.query_dim());
-    // Workers may bring rows into another form, also where no prologue does.
-    let is_plain = !options.format.is_blocked()
-        && options.precision == Precision::Exact
-        && !options.is_stamped;
-    let inner_dim = if is_plain { 0 } else { config.intermediate_dim };
-    Dims {
-        hidden_dim: config.hidden_dim,
-        intermediate_dim: config.intermediate_dim,
-        head_count: config.head_count,
-        vocab_size: config.vocab_size,
-        rms_norm_eps: config.rms_norm_eps,
-        attention_scale: 1.0 / (config.head_dim as f32).sqrt(),
-        step_tokens_max: options.step_tokens_max,
-        task_rows_max: 1,
-        head_task_count: 0,
-        late_splits_max: late_splits_max(config, options.is_stamped),
-        prologue_dim_max: prologue_dim.max(inner_dim),
-        sample_bin_count: SAMPLE_BIN_COUNT as u32,
-        is_stamped: options.is_stamped.into(),
-        kv: KvGeometry {
-            layer_count: config.layer_count,
-            slot_count: options.slot_count,
-            kv_head_count: config.kv_head_count,
-            context_max: options.context_max,
-            head_dim: config.head_dim,
-        },
-    }
-}
-
-/// Splits that are merged by the projection: all, or where stamps let attention do it, as many as it is
-/// faster for on an H200: each of its tasks reads them all.
-fn late_splits_max(config: &ModelConfig, is_stamped: bool) -> u32 {
-    const SPLITS_MAX: u32 = 8;
-    const VALUES_MAX: u32 = 16_384;
-    let few = (VALUES_MAX / config.query_dim()).clamp(1, SPLITS_MAX);
-    if is_stamped { few } else { ATTENTION_SPLIT_MAX }
-}
-
 /// Event of `Sample`, for which the next step's `Admit` waits.
 const END: EventId = EventId(0);
 /// Event of `Admit`.
@@ -208,6 +187,7 @@ struct Builder<'a> {
     options: &'a LowerOptions,
     dims: &'a Dims,
     plan: &'a HeapPlan,
+    graph: &'a Graph,
     tasks: Vec<Task>,
     names: Vec<String>,
     homes: Vec<u32>,
@@ -223,11 +203,17 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(options: &'a LowerOptions, dims: &'a Dims, plan: &'a HeapPlan) -> Self {
+    fn new(
+        options: &'a LowerOptions,
+        dims: &'a Dims,
+        plan: &'a HeapPlan,
+        graph: &'a Graph,
+    ) -> Self {
         Builder {
             options,
             dims,
             plan,
+            graph,
             tasks: Vec::new(),
             names: Vec::new(),
             homes: Vec::new(),
@@ -263,7 +249,8 @@ impl<'a> Builder<'a> {
         EventId(self.event_arrivals.len() as u32 - 1)
     }
 
-    fn build(mut self, graph: &Graph) -> Self {
+    fn build(mut self) -> Self {
+        let graph = self.graph;
         self.push(Task::new(Opcode::Admit), END, BEGIN, "admit".into());
         let mut ready = BEGIN;
         for (idx, operator) in graph.operators.iter().enumerate() {
@@ -309,19 +296,19 @@ impl<'a> Builder<'a> {
     fn linear(&mut self, linear: &Linear, edge: &Edge, name: &str) {
         let adds = linear.epilogue == Epilogue::AddResidual;
         let residual_age = if adds { edge.wait.0 - self.residual.0 } else { 0 };
-        let stored_row_bytes = self.options.stored_format.row_bytes(linear.in_dim);
+        let format = formats::of_linear(self.graph, linear, self.options.format);
         let leaves_best = linear.epilogue == Epilogue::StoreBest;
         if leaves_best {
             self.before_head = edge.wait;
         }
         let stage_idx = self.costs.len() as u32;
         let mut costs = StageCosts::new();
-        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear)) {
+        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, format)) {
             let args = LinearArgs {
                 prologue: linear.prologue,
                 epilogue: linear.epilogue,
                 token_rows: linear.token_rows,
-                format: self.options.format,
+                format,
                 precision: self.options.precision,
                 residual_age,
                 is_announced: edge.is_announced,
@@ -334,7 +321,7 @@ impl<'a> Builder<'a> {
                 x: self.offset(linear.x),
                 y: self.offset(linear.y),
                 norm_weight: linear.norm.map_or(0, |norm| named(norm, 0)),
-                segments: self.segments(linear, rows, stored_row_bytes),
+                segments: self.segments(linear, rows),
             };
             self.rows_max = self.rows_max.max(args.row_count());
             self.head_task_count += u32::from(leaves_best);
@@ -348,7 +335,11 @@ impl<'a> Builder<'a> {
     /// that lie in strips, into whole strips but for the last.
     ///
     /// As many tiles as `tile_bytes` asks for, then more until every worker has equally many.
-    fn tiles(&self, linear: &Linear) -> impl Iterator<Item = [u32; 2]> + use<> {
+    fn tiles(
+        &self,
+        linear: &Linear,
+        format: WeightFormat,
+    ) -> impl Iterator<Item = [u32; 2]> + use<> {
         let (options, workers) = (self.options, self.options.worker_count);
         let rows = linear.matrices.iter().map(|matrix| matrix.row_count);
         let (pairs, pair_rows) = match linear.epilogue {
@@ -356,11 +347,11 @@ impl<'a> Builder<'a> {
             _ => (rows.sum(), 1),
         };
         // What is cut: rows, pairs, or as many of them as fill a strip.
-        let is_in_strips = options.format.is_blocked() && !options.is_stamped;
+        let is_in_strips = format.is_blocked() && !options.is_stamped;
         let strip_rows = if is_in_strips { STRIP_ROWS } else { 1 };
         let unit_pairs = strip_rows.div_ceil(pair_rows);
         let (units, unit_rows) = (pairs.div_ceil(unit_pairs), unit_pairs * pair_rows);
-        let row_bytes = options.format.row_bytes(linear.in_dim);
+        let row_bytes = format.row_bytes(linear.in_dim);
         let bytes = u64::from(units) * u64::from(unit_rows) * row_bytes;
         let wanted = bytes.div_ceil(options.tile_bytes.max(1)).min(units.into()) as u32;
         let rows_max = options.tile_rows_max.min(SEGMENT_ROWS_MAX).max(unit_rows);
@@ -382,7 +373,7 @@ impl<'a> Builder<'a> {
     ///
     /// Matrices follow each other, except gate and up, of which each has the same rows. Segments
     /// with rows come first.
-    fn segments(&self, linear: &Linear, [first, end]: [u32; 2], row_bytes: u64) -> [Segment; 3] {
+    fn segments(&self, linear: &Linear, [first, end]: [u32; 2]) -> [Segment; 3] {
         let mut segments = [Segment::default(); 3];
         let mut free = segments.iter_mut();
         let mut base = 0;
@@ -392,6 +383,8 @@ impl<'a> Builder<'a> {
             if from < to
                 && let Some(segment) = free.next()
             {
+                let tensor = &self.graph.tensors[matrix.weight.0 as usize];
+                let row_bytes = tensor.stored_row_bytes(self.options.stored_format);
                 *segment = rows_of(matrix, from, to, row_bytes);
             }
             if linear.epilogue != Epilogue::SiluMul {

@@ -13,6 +13,8 @@ const Q8_MAX: f32 = 127.0;
 const Q4_MAX: f32 = 8.0;
 /// Largest value of E4M3.
 const E4M3_MAX: f32 = 448.0;
+/// The E4M3 code of what is no number, but for its sign.
+pub const E4M3_NAN: u8 = 0x7f;
 /// Below this E4M3 is subnormal: multiples of 2^-9.
 const E4M3_NORMAL_MIN: f32 = 1.0 / 64.0;
 
@@ -85,7 +87,7 @@ pub fn e4m3_from_f32(value: f32) -> u8 {
 /// The value of an E4M3 code; not a number for `0x7f` and `0xff`.
 pub fn e4m3_to_f32(code: u8) -> f32 {
     let rest = code & 0x7f;
-    let magnitude = if rest == 0x7f {
+    let magnitude = if rest == E4M3_NAN {
         f32::NAN
     } else if rest < 8 {
         f32::from(rest) / 512.0

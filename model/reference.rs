@@ -10,7 +10,7 @@ mod sample;
 
 use crate::config::ModelConfig;
 use crate::rope;
-use crate::weights::WeightSource;
+use crate::weights::{Dtype, WeightSource};
 
 pub use ops::{
     AttentionShape, add, argmax, attention, dot, embed, matvec, merge, rms_norm, rope, silu_mul,
@@ -217,7 +217,8 @@ impl Loader<'_> {
     /// A tensor of exactly this shape.
     fn tensor(&self, name: &str, shape: &[u32]) -> Result<Vec<f32>, ReferenceError> {
         let name = name.to_owned();
-        let Some(view) = self.source.tensor(&name) else {
+        let view = self.source.tensor(&name).filter(|view| view.dtype != Dtype::F8E4m3);
+        let Some(view) = view else {
             return Err(ReferenceError::Missing { name });
         };
         let expected: Vec<u64> = shape.iter().map(|axis| u64::from(*axis)).collect();

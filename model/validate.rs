@@ -7,7 +7,7 @@
 //!   after all it waits for: the oldest unfinished task can always run;
 //! - two tasks that touch the same bytes, one of them writing, are ordered by events, also when one
 //!   belongs to the next step; what a task reads was all written by the stage before it, and what
-//!   it writes is read; each row of each matrix is multiplied once in a step.
+//!   it writes is read; each row of each matrix is multiplied once in a step, in the matrix's format.
 //!
 //! Order comes from events alone. Queues give none, since idle workers take tasks of others. Where values
 //! are stamped none does, and attention tasks of a stage wait for each other: they are different workers'.
@@ -20,6 +20,7 @@ mod memory;
 mod mutations;
 mod order;
 mod queues;
+mod scales;
 mod stamps;
 mod tasks;
 #[cfg(test)]

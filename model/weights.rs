@@ -7,6 +7,8 @@
 use half::{bf16, f16};
 use std::fmt;
 
+use crate::quantise::{e4m3_from_f32, e4m3_to_f32};
+
 /// Element type of a stored weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
@@ -16,6 +18,8 @@ pub enum Dtype {
     F16,
     /// The upper half of an `F32`.
     Bf16,
+    /// Binary8 with 4 bits of exponent; a weight is such a value times its block's scale.
+    F8E4m3,
 }
 
 impl Dtype {
@@ -24,6 +28,7 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::F8E4m3 => 1,
         }
     }
 
@@ -33,6 +38,7 @@ impl Dtype {
             Self::F32 => "F32",
             Self::F16 => "F16",
             Self::Bf16 => "BF16",
+            Self::F8E4m3 => "F8_E4M3",
         }
     }
 
@@ -42,6 +48,7 @@ impl Dtype {
             Self::F32 => bytes.extend(value.to_le_bytes()),
             Self::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
             Self::Bf16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+            Self::F8E4m3 => bytes.push(e4m3_from_f32(value)),
         }
     }
 }
@@ -75,7 +82,7 @@ impl TensorView<'_> {
         byte_count == Some(self.data.len() as u64)
     }
 
-    /// All elements as `f32`, exactly. A trailing part of an element is ignored.
+    /// All elements as `f32`, exactly and without scales. A trailing part of an element is ignored.
     pub fn to_f32(&self) -> Vec<f32> {
         let halves = self.data.as_chunks().0.iter();
         match self.dtype {
@@ -85,6 +92,7 @@ impl TensorView<'_> {
             }
             Dtype::F16 => halves.map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect(),
             Dtype::Bf16 => halves.map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
+            Dtype::F8E4m3 => self.data.iter().map(|code| e4m3_to_f32(*code)).collect(),
         }
     }
 }
@@ -111,6 +119,7 @@ mod tests {
         assert_eq!(view(Dtype::F32, &[4], &single).to_f32(), values);
         assert_eq!(view(Dtype::F16, &[2, 2], &half).to_f32(), values);
         assert_eq!(view(Dtype::Bf16, &[1], &[0xc0, 0xbf]).to_f32(), [-1.5]);
+        assert_eq!(view(Dtype::F8E4m3, &[2], &[0xbc, 0x7e]).to_f32(), [-1.5, 448.0]);
         assert!(view(Dtype::F16, &[1], &[0x00, 0x7e]).to_f32()[0].is_nan());
     }
 

@@ -25,7 +25,7 @@ pub struct Summary {
     pub workers: u32,
     /// Weights of the model, each counted once.
     pub parameters: u64,
-    /// Bytes of all weights as stored.
+    /// Bytes of all weights as they are looked up and multiplied.
     pub weight_bytes: u64,
     /// Bytes of weights that one decoded token reads.
     pub bytes_per_token: u64,

@@ -85,7 +85,8 @@ struct ModelArgs {
     #[arg(long, value_enum, default_value_t = LoadMode::Map)]
     load: LoadMode,
     /// Quantise the matrices when they are loaded, the embedding excepted; to q8 and q4 on the CPU alone.
-    /// They are then a copy, whatever --load says.
+    /// They are then a copy, whatever --load says. A checkpoint in FP8 is taken as it is, with `native`
+    /// alone.
     #[arg(long, value_enum, default_value_t = Weights::Native)]
     weights: Weights,
     /// Precision of the activations that are multiplied, bf16 on the CPU alone; sums are f32 or exact.

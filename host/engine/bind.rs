@@ -4,11 +4,11 @@ use tilert_mk_model::config::ModelConfig;
 use tilert_mk_model::lower::{Program, Tensor, named_place};
 use tilert_mk_model::weights::{Dtype, TensorView, WeightSource};
 use tilert_mk_shared::queue::QueueSpan;
-use tilert_mk_shared::task::{LINEAR_WEIGHTS, Opcode, Task, WeightFormat};
+use tilert_mk_shared::task::{LINEAR_WEIGHTS, Task, WeightFormat};
 use tilert_mk_shared::trace::TraceRecord;
 
 use super::{EngineOptions, LoadMode, ModelSource, Weights, pack};
-use crate::driver::Device;
+use crate::driver::{Device, Profile};
 use crate::error::{Error, Result};
 use crate::load::{Checkpoint, copied};
 
@@ -87,11 +87,41 @@ pub(super) fn load(
     Ok(Box::new(checkpoint))
 }
 
+/// The type of the embedding, which is that of all matrices that are not FP8.
+///
+/// Errors: an embedding that is missing, or FP8 itself.
+pub(super) fn table_dtype(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Dtype> {
+    let name = format!("{}.weight", config.architecture.family().names.embedding);
+    match checkpoint.require(&name)?.dtype {
+        Dtype::F8E4m3 => Err(Error::Request(format!(
+            "the tensor {name} is F8_E4M3, not F32, F16 or BF16 as embeddings are"
+        ))),
+        dtype => Ok(dtype),
+    }
+}
+
+/// Refuses what cannot be done with a checkpoint of FP8 matrices.
+///
+/// Errors: a GPU; another format.
+pub(super) fn check_fp8(profile: &Profile, options: &EngineOptions) -> Result<()> {
+    if profile.shared_bytes > 0 {
+        let name = &profile.name;
+        return Err(Error::Device(format!("{name}: FP8 checkpoints need --device cpu")));
+    }
+    if options.weights != Weights::Native {
+        let message = "the checkpoint's matrices are FP8 already: --weights native takes them as \
+                       they are, and another format needs a checkpoint in f32, f16 or bf16";
+        return Err(Error::Usage(message.into()));
+    }
+    Ok(())
+}
+
 pub(super) fn format_of(weights: Dtype) -> WeightFormat {
     match weights {
         Dtype::F32 => WeightFormat::F32,
         Dtype::F16 => WeightFormat::F16,
         Dtype::Bf16 => WeightFormat::Bf16,
+        Dtype::F8E4m3 => WeightFormat::Fp8,
     }
 }
 
@@ -108,16 +138,14 @@ pub(super) fn bind(
 ) -> Result<Vec<Vec<Task>>> {
     let pe_count = device.profile().pe_count;
     let homes = homes(program, pe_count);
-    let is_blocked = program.format.is_blocked();
-    let packs = is_blocked || dtype == Dtype::Bf16 && device.profile().packs_weights;
+    let packs_bf16 = device.profile().packs_weights;
     let views = views(program, weights, dtype)?;
-    let packed =
-        if packs { pack::upload(program, &homes, &views, device, progress)? } else { Vec::new() };
+    let packed = pack::upload(program, packs_bf16, &homes, &views, device, progress)?;
     let mut bound = Vec::with_capacity(pe_count as usize);
     for pe in 0..pe_count {
         let mut tasks = program.tasks.clone();
         let is_mine = |task_idx: usize| homes[task_idx] == pe;
-        let is_stored = stored_tensors(program, packs, is_mine);
+        let is_stored = stored_tensors(program, packs_bf16, is_mine);
         let mut bases = Vec::with_capacity(views.len());
         for (view, is_stored) in views.iter().zip(is_stored) {
             bases.push(if !is_stored {
@@ -160,41 +188,62 @@ fn homes(program: &Program, pe_count: u32) -> Vec<u32> {
     homes
 }
 
+/// The types that each of a program's tensors may have, the usual one first, and why.
+fn dtypes(program: &Program, table: Dtype) -> Vec<(Vec<Dtype>, &'static str)> {
+    let mut plain = vec![Dtype::F32, Dtype::F16, Dtype::Bf16];
+    plain.sort_by_key(|dtype| *dtype != table);
+    let of = |tensor: &Tensor| match tensor.shape.len() {
+        _ if tensor.scales.is_some() => (vec![Dtype::F8E4m3], "config.json says"),
+        0 | 1 => (plain.clone(), "vectors are"),
+        _ => (vec![table], "config.json and the embedding say"),
+    };
+    let mut dtypes: Vec<_> = program.tensors.iter().map(of).collect();
+    for scales in program.tensors.iter().filter_map(|tensor| tensor.scales) {
+        dtypes[scales.0 as usize] = (vec![Dtype::F32, Dtype::Bf16], "scales are");
+    }
+    dtypes
+}
+
+/// The program's tensors as dummy weights have them.
+pub(super) fn dummy_tensors(program: &Program, table: Dtype) -> Vec<(String, Vec<u64>, Dtype)> {
+    let dtypes = dtypes(program, table).into_iter().map(|(dtypes, _)| dtypes[0]);
+    let tensors = program.tensors.iter().zip(dtypes);
+    tensors.map(|(tensor, dtype)| (tensor.name.clone(), tensor.shape.clone(), dtype)).collect()
+}
+
 /// The program's tensors.
 ///
-/// Errors: one that is missing; matrices that differ in type.
+/// Errors: one that is missing, or of another type than it must be.
 fn views<'a>(
     program: &Program,
     weights: &'a dyn WeightSource,
-    dtype: Dtype,
+    table: Dtype,
 ) -> Result<Vec<TensorView<'a>>> {
-    let view = |tensor: &Tensor| {
+    let view = |(tensor, (dtypes, reason)): (&Tensor, (Vec<Dtype>, &str))| {
+        let name = &tensor.name;
         let view = weights
-            .tensor(&tensor.name)
-            .ok_or_else(|| Error::Request(format!("the tensor {} is missing", tensor.name)))?;
-        if tensor.shape.len() > 1 && view.dtype != dtype {
-            return Err(Error::Request(format!(
-                "the tensor {} is {}, but the embedding is {}; matrices must have one type",
-                tensor.name,
-                view.dtype.name(),
-                dtype.name()
-            )));
+            .tensor(name)
+            .ok_or_else(|| Error::Request(format!("the tensor {name} is missing")))?;
+        if dtypes.contains(&view.dtype) {
+            return Ok(view);
         }
-        Ok(view)
+        let expected: Vec<_> = dtypes.iter().map(|dtype| dtype.name()).collect();
+        let (found, expected) = (view.dtype.name(), expected.join(" or "));
+        Err(Error::Request(format!("the tensor {name} is {found}, not {expected} as {reason}")))
     };
-    program.tensors.iter().map(view).collect()
+    program.tensors.iter().zip(dtypes(program, table)).map(view).collect()
 }
 
-/// Which tensors some task that `counts` wants as the checkpoint stores them, or a vector widened; `packs`:
-/// linear tasks do not want matrices so.
+/// Which tensors some task that `counts` wants as the checkpoint stores them, or a vector widened: not
+/// matrices that are packed for it (`pack::is_packed`).
 pub(super) fn stored_tensors(
     program: &Program,
-    packs: bool,
+    packs_bf16: bool,
     counts: impl Fn(usize) -> bool,
 ) -> Vec<bool> {
     let mut is_stored = vec![false; program.tensors.len()];
     for (_, task) in program.tasks.iter().enumerate().filter(|(idx, _)| counts(*idx)) {
-        let is_packed = packs && task.opcode == Opcode::Linear as u16;
+        let is_packed = pack::is_packed(task, packs_bf16);
         for (ref_idx, reference) in task.refs.iter().enumerate() {
             let is_replaced = is_packed && LINEAR_WEIGHTS.contains(&ref_idx);
             if let (false, Some((index, _))) = (is_replaced, named_place(*reference)) {
@@ -203,4 +252,20 @@ pub(super) fn stored_tensors(
         }
     }
     is_stored
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::cpu::CpuDevice;
+
+    #[test]
+    fn fp8_checkpoints_are_for_the_cpu() {
+        let cpu = CpuDevice::new(false);
+        let options = EngineOptions::default();
+        assert!(check_fp8(cpu.profile(), &options).is_ok());
+        let gpu = Profile { name: "gpu 0".into(), shared_bytes: 1, ..cpu.profile().clone() };
+        let message = check_fp8(&gpu, &options).unwrap_err().to_string();
+        assert_eq!(message, "gpu 0: FP8 checkpoints need --device cpu");
+    }
 }

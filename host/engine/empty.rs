@@ -36,7 +36,7 @@ impl Engine {
         let dtype = Dtype::Bf16;
         let lower_options = lower_options(&config, device.profile(), options, dtype)?;
         let program = lower_empty(&config, &lower_options, shape)?;
-        let weights = Box::new(DummyWeights::new(&[], dtype, 0, &mut |_, _| {})?);
+        let weights = Box::new(DummyWeights::new(&[], 0, &mut |_, _| {})?);
         let mut engine =
             Engine::build(config, program, device, weights, dtype, options, &mut |_, _| {})?;
         engine.prepare()?;

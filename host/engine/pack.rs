@@ -3,10 +3,10 @@
 mod fragments;
 
 use std::num::NonZero;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use tilert_mk_model::lower::{Program, named_place};
+use tilert_mk_model::lower::{Program, Tensor, named_place};
 use tilert_mk_model::quantise::fp8_scales;
 use tilert_mk_model::strips::{Quantiser, StoredRows};
 use tilert_mk_model::weights::TensorView;
@@ -33,14 +33,27 @@ struct Piece<'a> {
     form: Form,
     byte_count: usize,
     segments: Vec<StoredRows<'a>>,
+    /// The tensor of each.
+    tensors: Vec<usize>,
 }
 
-/// Packs and uploads the weights of all linear tasks, each to its home, a PE; the tasks' indices and
-/// addresses.
+/// Whether a task's weights are packed for it; with `packs_bf16` those in bf16 are.
+pub(super) fn is_packed(task: &Task, packs_bf16: bool) -> bool {
+    if task.opcode != Opcode::Linear as u16 {
+        return false;
+    }
+    let format = LinearArgs::unpack(task).format;
+    format.is_blocked() || packs_bf16 && format == WeightFormat::Bf16
+}
+
+/// Packs and uploads the weights of the tasks that want them so (`is_packed`), each to its home, a PE;
+/// the tasks' indices and addresses.
 ///
-/// Errors: weights that cannot be quantised; memory that is not there; what the driver says.
+/// Errors: weights that cannot be quantised, or are no numbers; memory that is not there; what the
+/// driver says.
 pub(super) fn upload(
     program: &Program,
+    packs_bf16: bool,
     homes: &[u32],
     views: &[TensorView<'_>],
     device: &mut dyn Device,
@@ -48,16 +61,16 @@ pub(super) fn upload(
 ) -> Result<Vec<(usize, u64)>> {
     let scales = scales(program, views);
     let tasks = program.tasks.iter().enumerate();
-    let linear = tasks.filter(|(_, task)| task.opcode == Opcode::Linear as u16);
+    let packed = tasks.filter(|(_, task)| is_packed(task, packs_bf16));
     let is_gpu = device.profile().packs_weights;
-    let pieces = linear.map(|(task_idx, task)| piece(task_idx, task, views, &scales, is_gpu));
+    let pieces = packed.map(|(task_idx, task)| piece(task_idx, task, views, &scales, is_gpu));
     let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
     let home = |piece: &Piece| homes[piece.task_idx];
     pieces.sort_by_key(home);
     let total = bytes_of_all(&pieces);
     let (mut places, mut before) = (Vec::with_capacity(pieces.len()), 0);
     for pieces in pieces.chunk_by(|a, b| home(a) == home(b)) {
-        let own = upload_to(home(&pieces[0]), pieces, device, &mut |done| {
+        let own = upload_to(program, home(&pieces[0]), pieces, device, &mut |done| {
             progress(before + done, total);
         })?;
         places.extend(own);
@@ -72,6 +85,7 @@ fn bytes_of_all(pieces: &[Piece<'_>]) -> u64 {
 
 /// The same for the tasks of one PE; `progress` hears of bytes done.
 fn upload_to(
+    program: &Program,
     pe: u32,
     pieces: &[Piece<'_>],
     device: &mut dyn Device,
@@ -93,7 +107,7 @@ fn upload_to(
         let (batch, after) = rest.split_at(count);
         buffer.clear();
         buffer.resize(bytes, 0);
-        pack_all(batch, &mut buffer)?;
+        pack_all(batch, &mut buffer).map_err(|tensor| not_packed(&program.tensors[tensor]))?;
         device.write(pe, base + done, &buffer)?;
         done += bytes as u64;
         progress(done);
@@ -102,9 +116,24 @@ fn upload_to(
     Ok(places)
 }
 
+/// The error for a tensor with values that cannot be packed.
+fn not_packed(tensor: &Tensor) -> Error {
+    let name = &tensor.name;
+    Error::Request(if tensor.scales.is_some() {
+        format!("the tensor {name} has codes, or scales, that are not finite numbers")
+    } else {
+        format!(
+            "the tensor {name} has a weight that is not finite, or too large to be quantised: \
+             --weights native keeps it"
+        )
+    })
+}
+
 /// The scales of all matrices of linear tasks, where rows share them; else empty.
 fn scales(program: &Program, views: &[TensorView<'_>]) -> Vec<Vec<f32>> {
-    let mut scales = vec![Vec::new(); views.len()];
+    let stored = |tensor: &Tensor| tensor.scales.map(|scales| views[scales.0 as usize].to_f32());
+    let tensors = program.tensors.iter();
+    let mut scales: Vec<_> = tensors.map(|tensor| stored(tensor).unwrap_or_default()).collect();
     if program.format != WeightFormat::Fp8 {
         return scales;
     }
@@ -132,7 +161,7 @@ fn piece<'a>(
     is_gpu: bool,
 ) -> Result<Piece<'a>> {
     let args = LinearArgs::unpack(task);
-    let mut segments = Vec::new();
+    let (mut segments, mut tensors) = (Vec::new(), Vec::new());
     for segment in args.segments.iter().filter(|segment| segment.row_count > 0) {
         let rows = named_place(segment.weights).and_then(|(index, at)| {
             let view = views.get(index)?;
@@ -140,9 +169,11 @@ fn piece<'a>(
             let len = segment.row_count as usize * row_bytes;
             let values = view.data.get(at as usize..)?.get(..len)?;
             let first = at as usize / row_bytes;
-            Some(StoredRows { dtype: view.dtype, values, first, scales: &scales[index] })
+            Some((StoredRows { dtype: view.dtype, values, first, scales: &scales[index] }, index))
         });
-        segments.push(rows.ok_or_else(|| Error::Request("weights outside a tensor".into()))?);
+        let rows = rows.ok_or_else(|| Error::Request("weights outside a tensor".into()))?;
+        segments.push(rows.0);
+        tensors.push(rows.1);
     }
     let row_count = args.row_count();
     let quantiser = Quantiser::new(args.format, args.in_dim as usize).filter(|_| !is_gpu);
@@ -156,47 +187,49 @@ fn piece<'a>(
             (Form::Fragments(packing), packing.byte_count() as usize)
         }
     };
-    Ok(Piece { task_idx, form, byte_count, segments })
+    Ok(Piece { task_idx, form, byte_count, segments, tensors })
 }
 
 /// Packs a batch into `out`, which is all zeros, on all cores.
 ///
-/// Errors: values that are not finite, or too large for their scale.
-fn pack_all(batch: &[Piece<'_>], out: &mut [u8]) -> Result<()> {
+/// Errors: the first tensor with values that are not finite, or too large for their scale.
+fn pack_all(batch: &[Piece<'_>], out: &mut [u8]) -> std::result::Result<(), usize> {
     let cores = thread::available_parallelism().map_or(1, NonZero::get);
-    let is_finite = AtomicBool::new(true);
+    let faulty = AtomicUsize::new(usize::MAX);
     thread::scope(|scope| {
         let mut out = out;
         for share in batch.chunks(batch.len().div_ceil(cores)) {
             let bytes = share.iter().map(|piece| piece.byte_count).sum();
             let (own, after) = out.split_at_mut(bytes);
             out = after;
-            let is_finite = &is_finite;
+            let faulty = &faulty;
             scope.spawn(move || {
                 let mut own = own;
                 for piece in share {
                     let (target, after) = own.split_at_mut(piece.byte_count);
-                    if !piece.pack(target) {
-                        is_finite.store(false, Ordering::Relaxed);
+                    if let Err(tensor) = piece.pack(target) {
+                        faulty.fetch_min(tensor, Ordering::Relaxed);
                     }
                     own = after;
                 }
             });
         }
     });
-    if is_finite.into_inner() {
-        return Ok(());
+    match faulty.into_inner() {
+        usize::MAX => Ok(()),
+        tensor => Err(tensor),
     }
-    let message = "a weight is not finite, or too large to be quantised: --weights native keeps it";
-    Err(Error::Request(message.into()))
 }
 
 impl Piece<'_> {
-    /// Packs the rows into `out`, which is all zeros; whether all of them can be represented.
-    fn pack(&self, out: &mut [u8]) -> bool {
-        match &self.form {
+    /// Packs the rows into `out`, which is all zeros.
+    ///
+    /// Errors: the tensor of rows that cannot be represented.
+    fn pack(&self, out: &mut [u8]) -> std::result::Result<(), usize> {
+        let packed = match &self.form {
             Form::Fragments(packing) => fragments::pack(packing, &self.segments, out),
             Form::Strips(quantiser) => quantiser.pack(&self.segments, out),
-        }
+        };
+        packed.map_err(|segment| self.tensors[segment])
     }
 }

@@ -1,5 +1,6 @@
 //! What an open engine costs on this machine.
 
+use tilert_mk_model::lower::Tensor;
 use tilert_mk_shared::task::{LinearArgs, Opcode};
 
 use super::Engine;
@@ -12,12 +13,11 @@ impl Summary {
     /// The figures of an open engine; probes the memory's read bandwidth.
     pub fn of(engine: &Engine) -> Result<Self> {
         let program = engine.program();
-        let parameters = program.tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum();
         let regions = program.plan.regions();
         Ok(Self {
             device: engine.device_name().to_owned(),
             workers: engine.worker_count(),
-            parameters,
+            parameters: engine.parameter_count(),
             weight_bytes: engine.weight_bytes(),
             bytes_per_token: engine.bytes_per_token(),
             task_count: program.tasks.len() as u32,
@@ -40,11 +40,20 @@ impl Engine {
         self.header().page_count == 0
     }
 
-    /// Bytes of all weights, as the checkpoint stores them or as they were quantised.
+    /// Weights of the model, each counted once; scales are none.
+    pub fn parameter_count(&self) -> u64 {
+        let tensors = &self.program.tensors;
+        let count = |tensor: &Tensor| tensor.shape.iter().product::<u64>();
+        let scales = tensors.iter().filter_map(|tensor| tensor.scales);
+        let scale_count: u64 = scales.map(|idx| count(&tensors[idx.0 as usize])).sum();
+        tensors.iter().map(count).sum::<u64>() - scale_count
+    }
+
+    /// Bytes of all weights, as the checkpoint stores them or in strips with their scales.
     pub fn weight_bytes(&self) -> u64 {
-        let is_blocked = self.program.format.is_blocked();
-        let quantised = if is_blocked { self.bytes_per_token() } else { 0 };
-        let kept = stored_tensors(&self.program, is_blocked, |_| true);
+        let in_strips = self.linear().filter(|args| args.format.is_blocked());
+        let quantised: u64 = in_strips.map(|args| args.weight_bytes()).sum();
+        let kept = stored_tensors(&self.program, false, |_| true);
         let kept = self.program.tensors.iter().zip(kept).filter(|(_, is_kept)| *is_kept);
         let views = kept.filter_map(|(tensor, _)| self.weights.tensor(&tensor.name));
         quantised + views.map(|view| view.data.len() as u64).sum::<u64>()
@@ -52,8 +61,12 @@ impl Engine {
 
     /// Bytes of weights that one decoded token reads.
     pub fn bytes_per_token(&self) -> u64 {
+        self.linear().map(|args| args.weight_bytes()).sum()
+    }
+
+    /// The linear tasks.
+    fn linear(&self) -> impl Iterator<Item = LinearArgs> {
         let tasks = self.program.tasks.iter();
-        let linear = tasks.filter(|task| task.opcode == Opcode::Linear as u16);
-        linear.map(|task| LinearArgs::unpack(task).weight_bytes()).sum()
+        tasks.filter(|task| task.opcode == Opcode::Linear as u16).map(LinearArgs::unpack)
     }
 }

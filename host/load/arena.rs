@@ -16,7 +16,7 @@ pub(super) const TENSOR_ALIGN: usize = 64;
 /// Where one tensor of an arena lies.
 pub(super) struct Slot {
     pub(super) name: String,
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     shape: Vec<u64>,
     pub(super) range: Range<usize>,
 }

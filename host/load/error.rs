@@ -77,7 +77,7 @@ pub enum LoadError {
     },
     /// A needed tensor's elements are of a type that is not supported.
     #[error(
-        "{path}: tensor `{name}` has type {dtype:?}, not F32, F16 or BF16",
+        "{path}: tensor `{name}` has type {dtype:?}, not F32, F16, BF16 or F8_E4M3",
         path = path.display()
     )]
     Dtype {

@@ -113,6 +113,7 @@ fn entry(info: TensorInfo, data_start: usize) -> Entry {
         safetensors::Dtype::F32 => Some(Dtype::F32),
         safetensors::Dtype::F16 => Some(Dtype::F16),
         safetensors::Dtype::BF16 => Some(Dtype::Bf16),
+        safetensors::Dtype::F8_E4M3 => Some(Dtype::F8E4m3),
         _ => None,
     };
     Entry {

@@ -95,7 +95,8 @@ fn unsupported_types_matter_only_where_they_are_needed() {
     assert!(checkpoint.tensor("b").is_none());
     let message = |result: Result<TensorView<'_>, LoadError>| result.unwrap_err().to_string();
     let path = dir.path().display().to_string();
-    let dtype = format!("{path}/model.safetensors: tensor `b` has type I64, not F32, F16 or BF16");
+    let dtype =
+        format!("{path}/model.safetensors: tensor `b` has type I64, not F32, F16, BF16 or F8_E4M3");
     assert_eq!(message(checkpoint.require("b")), dtype);
     assert_eq!(message(checkpoint.require("c")), format!("{path} has no tensor `c`"));
     let shape = message(checkpoint.expect_shape("a", &[4]));

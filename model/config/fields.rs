@@ -165,6 +165,20 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A list of integers, if there is one.
+    pub(super) fn integers(&self, key: &str) -> Option<Vec<u64>> {
+        self.get(key)?.as_array()?.iter().map(Value::as_u64).collect()
+    }
+
+    /// A list of strings; empty if absent.
+    pub(super) fn texts(&self, key: &str) -> Result<Vec<&'a str>, ConfigError> {
+        let Some(value) = self.get(key) else {
+            return Ok(Vec::new());
+        };
+        let texts = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+        texts.ok_or_else(|| self.refuse(key, "a list of strings"))
+    }
+
     /// One token id, or a list of them.
     pub(super) fn token_ids(
         &self,

@@ -55,6 +55,7 @@ fn smollm2_hub_file() {
         mlp_bias: false,
         qk_norm: false,
         sliding_window: None,
+        fp8: None,
         eos_ids: vec![0],
         bos_id: Some(0),
     };
@@ -191,9 +192,55 @@ fn refused_families() {
         (json!({"model_type": null, "architectures": null}), "no key `model_type`"),
         (json!({"architectures": ["LlamaModel"]}), "`architectures` is [\"LlamaModel\"]"),
         (json!({"hidden_act": "gelu"}), "`hidden_act` is \"gelu\" (accepted: silu)"),
-        (json!({"quantization_config": {"quant_method": "fp8"}}), "`quantization_config` is {"),
         (json!({"model_type": "qwen3", "mlp_bias": true}), "`mlp_bias` is true"),
         (json!({"model_type": "mistral", "attention_bias": true}), "`attention_bias` is true"),
+    ]);
+}
+
+/// A `quantization_config` with some keys replaced.
+fn fp8(changes: Value) -> Value {
+    let mut keys = json!({"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]});
+    if let (Some(keys), Value::Object(changes)) = (keys.as_object_mut(), changes) {
+        keys.extend(changes);
+    }
+    json!({"quantization_config": keys})
+}
+
+#[test]
+fn fp8_is_all_matrices_but_the_head_and_those_listed() {
+    assert_eq!(parse(json!({"quantization_config": null})).fp8, None);
+    let contains = |changes: Value, module: &str| parse(fp8(changes)).fp8.unwrap().contains(module);
+    let up = "model.layers.1.mlp.up_proj";
+    assert!(contains(json!({}), up) && !contains(json!({}), "lm_head"));
+    for key in ["modules_to_not_convert", "ignored_layers"] {
+        for listed in [up, "up_proj", "mlp.up_proj", "model.layers.1", "model"] {
+            assert!(!contains(json!({key: ["other", listed]}), up), "{listed}");
+        }
+        for listed in ["mlp", "layers.1", "model.layers.1.mlp.up", "proj", "", "1.mlp.up"] {
+            assert!(contains(json!({key: [listed]}), up), "{listed}");
+        }
+        assert!(!contains(json!({key: [up]}), "lm_head"));
+    }
+}
+
+#[test]
+fn refused_quantisations() {
+    let of = |method: &str| json!({"quantization_config": {"quant_method": method, "bits": 4}});
+    refused(&[
+        (of("gptq"), "`quantization_config.quant_method` is \"gptq\" (accepted: fp8"),
+        (of("awq"), "is \"awq\""),
+        (of("compressed-tensors"), "is \"compressed-tensors\""),
+        (json!({"quantization_config": {}}), "no key `quantization_config.quant_method`"),
+        (json!({"quantization_config": "fp8"}), "`quantization_config` is \"fp8\""),
+        (fp8(json!({"fmt": "e5m2"})), "`quantization_config.fmt` is \"e5m2\" (accepted: e4m3)"),
+        (fp8(json!({"activation_scheme": "static"})), "activation_scheme` is \"static\""),
+        (fp8(json!({"weight_block_size": [64, 128]})), "is [64,128] (accepted: [128, 128])"),
+        (fp8(json!({"weight_block_size": null})), "no key `quantization_config.weight_block_size`"),
+        (
+            fp8(json!({"ignored_layers": [1]})),
+            "ignored_layers` is [1] (accepted: a list of strings",
+        ),
     ]);
 }
 

@@ -131,11 +131,43 @@ fn impossible_sizes_are_refused() {
     let text = refusal(|o| o.worker_count = 0);
     assert_eq!(
         text,
-        "the model cannot be run: the number of workers is 0, which is not in 1 to 1024"
+        "the model cannot be run: the number of workers is 0, which is not in 1 to 2048"
     );
     assert!(refusal(|o| o.worker_count = 5000).contains("workers is 5000"));
     assert!(refusal(|o| o.step_tokens_max = 65).contains("step_tokens_max is 65"));
     assert!(refusal(|o| o.slot_count = u32::MAX).contains("slot_count is 4294967295"));
     assert!(refusal(|o| o.context_max = 0).contains("context_max is 0"));
     assert!(refusal(|o| o.context_max = 40_961).contains("40961 positions exceeds the 40960"));
+}
+
+#[test]
+fn matrices_of_one_operator_share_their_format() {
+    let lowered = |plain: &str| {
+        let quantisation = format!(
+            r#", "quantization_config": {{"quant_method": "fp8", "weight_block_size": [128, 128],
+            "modules_to_not_convert": [{plain}]}}}}"#
+        );
+        let json = QWEN3_0_6B.trim_end_matches('}').to_owned() + &quantisation;
+        lower(&ModelConfig::parse(&json).unwrap(), &options(2, 1 << 17))
+    };
+    let program = lowered(r#""model.layers.3.mlp.down_proj", "model.layers.4.self_attn""#).unwrap();
+    let stages = stages(&program);
+    // Four operators a layer.
+    for (idx, stage) in stages.iter().enumerate() {
+        let is_plain = [3 * 4 + 3, 4 * 4, 4 * 4 + 1, 28 * 4].contains(&idx);
+        let format = if is_plain { WeightFormat::Bf16 } else { WeightFormat::Fp8 };
+        assert!(stage.iter().all(|args| args.format == format), "stage {idx}");
+        // A strip's rows are not cut; gate and up have its halves.
+        let unit = if stage[0].epilogue == Epilogue::SiluMul { 8 } else { 16 };
+        let is_whole = |args: &LinearArgs| args.segments[0].out_first.is_multiple_of(unit);
+        assert!(is_plain || stage.iter().all(is_whole), "stage {idx}");
+    }
+    // Names count bytes as they are stored: one for each value.
+    let [query, rest @ ..] = &stages[0][1].segments;
+    assert_eq!(query.weights & ((1 << TENSOR_SHIFT) - 1), u64::from(query.out_first) * 1024);
+    assert!(query.out_first > 0 && rest.iter().all(|segment| segment.row_count == 0));
+    for (plain, named) in [("k_proj", "k_proj.weight"), ("model.layers.0.mlp.up_proj", "up_proj")] {
+        let text = lowered(&format!("{plain:?}")).unwrap_err().to_string();
+        assert!(text.contains(named) && text.contains("is FP8 and `model.layers.0"), "{text}");
+    }
 }

@@ -118,6 +118,12 @@ pub enum ValidateError {
         /// How often it is used.
         count: u64,
     },
+    /// A matrix is FP8 and has no scales of its own, or they do not have a value for each block.
+    #[error("the scales of tensor `{tensor}` do not suit it, or are another's")]
+    Scales {
+        /// The matrix.
+        tensor: String,
+    },
     /// A queue's span does not follow the span before it, or does not end inside the entries.
     #[error(
         "queue {queue_idx} has entries {first} to {end}, which do not follow queue {queue_idx}-1"
@@ -346,8 +352,8 @@ pub enum TaskDefect {
         /// The task before it.
         other: String,
     },
-    /// Matrices are stored in another format.
-    #[error("the weights are {0:?}, but the program's are not")]
+    /// Its matrices are to be read in another format.
+    #[error("the weights are {0:?}, but those of its matrices are not")]
     Format(WeightFormat),
     /// Products are of another precision.
     #[error("its precision is {0:?}, but the program's is not")]

@@ -12,7 +12,7 @@ use tilert_mk_shared::task::{
 use super::access::{Accesses, Region};
 use super::error::{TaskDefect as Defect, ValidateError};
 use super::memory::Memory;
-use super::{Staging, name};
+use super::{Staging, name, scales};
 use crate::lower::{Program, TENSOR_SHIFT, Tensor, named_place};
 
 /// Rows of one tensor that one task uses.
@@ -39,6 +39,8 @@ struct Checker<'a> {
     latest_prologue: Option<(u32, u32)>,
     /// Tensors that an embedding looks up.
     tables: Vec<usize>,
+    /// For each tensor, whether it is the scales of a matrix.
+    scales: Vec<bool>,
 }
 
 /// Checks every task and gives its accesses to `memory`.
@@ -58,6 +60,7 @@ pub(super) fn check(
         prologues: HashMap::new(),
         latest_prologue: None,
         tables: Vec::new(),
+        scales: scales::find(program)?,
     };
     for (task_idx, task) in (0u32..).zip(&program.tasks) {
         checker.accesses.0.clear();
@@ -136,7 +139,8 @@ impl<'a> Checker<'a> {
         same_format(args.format, self.program.stored_format)?;
         let table = self.tensor("the table", args.table)?;
         let shape = [self.dims.vocab_size, self.dims.hidden_dim].map(u64::from);
-        if table.tensor.shape != shape || table.byte != 0 {
+        let is_fp8 = table.tensor.scales.is_some();
+        if table.tensor.shape != shape || table.byte != 0 || is_fp8 {
             return Err(table.misshapen("the table"));
         }
         self.tables.push(table.tensor_idx);
@@ -195,7 +199,6 @@ impl<'a> Checker<'a> {
         if args.prologue != Prologue::None || !is_plain {
             within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         }
-        same_format(args.format, self.program.format)?;
         if args.precision != self.program.precision {
             return Err(Defect::Precision(args.precision));
         }
@@ -322,7 +325,8 @@ impl<'a> Checker<'a> {
         if tensor_columns != u64::from(args.in_dim) {
             return Err(named.misshapen("weights"));
         }
-        let row_bytes = self.program.stored_format.row_bytes(args.in_dim);
+        same_format(args.format, named.tensor.format(self.program.format))?;
+        let row_bytes = named.tensor.stored_row_bytes(self.program.stored_format);
         let rows = u64::from(segment.row_count);
         let first = named.byte / row_bytes;
         if !named.byte.is_multiple_of(row_bytes) || first + rows > tensor_rows {
@@ -434,7 +438,9 @@ impl<'a> Checker<'a> {
     fn check_uses(&mut self) -> Result<(), ValidateError> {
         let tensors = self.program.tensors.iter().zip(&mut self.uses);
         for (tensor_idx, (tensor, uses)) in tensors.enumerate() {
-            let row_count = tensor.shape.first().copied().unwrap_or(0);
+            // No task names a matrix's scales.
+            let is_scales = self.scales[tensor_idx];
+            let row_count = if is_scales { 0 } else { tensor.shape.first().copied().unwrap_or(0) };
             let fault = |row: u64, count: u64| {
                 Err(ValidateError::TensorRow { tensor: tensor.name.clone(), row, count })
             };

@@ -29,12 +29,30 @@ pub(super) fn program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Prog
 
 /// The same, for a device that stamps values or not.
 fn lowered(shape: &Shape, worker_count: u32, tile_bytes: u64, is_stamped: bool) -> Program {
+    lowered_with(shape, "", worker_count, tile_bytes, is_stamped)
+}
+
+/// The same, with matrices in FP8 but for layer 1's.
+fn fp8_program(shape: &Shape, worker_count: u32, tile_bytes: u64) -> Program {
+    let keys = r#", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["model.layers.1"]}"#;
+    lowered_with(shape, keys, worker_count, tile_bytes, false)
+}
+
+/// Lowers a shape; `keys` are more of its config.json.
+fn lowered_with(
+    shape: &Shape,
+    keys: &str,
+    worker_count: u32,
+    tile_bytes: u64,
+    is_stamped: bool,
+) -> Program {
     let (family, [hidden, inner, layers, heads, kv_heads, head_dim, vocab], tied) = shape;
     let json = format!(
         r#"{{"model_type": "{family}", "hidden_size": {hidden}, "intermediate_size": {inner},
         "num_hidden_layers": {layers}, "num_attention_heads": {heads},
         "num_key_value_heads": {kv_heads}, "head_dim": {head_dim}, "vocab_size": {vocab},
-        "max_position_embeddings": 4096, "tie_word_embeddings": {tied}}}"#
+        "max_position_embeddings": 4096, "tie_word_embeddings": {tied} {keys}}}"#
     );
     let options = LowerOptions {
         worker_count,
@@ -124,6 +142,88 @@ fn lowered_programs_pass() {
             }
         }
     }
+}
+
+#[test]
+fn fp8_programs_pass() {
+    for shape in &SHAPES {
+        for worker_count in [1, 3, 16] {
+            for tile_bytes in [1, 1 << 11, 1 << 17] {
+                let program = fp8_program(shape, worker_count, tile_bytes);
+                for (task, name) in program.tasks.iter().zip(&program.names) {
+                    if task.opcode != Opcode::Linear as u16 {
+                        continue;
+                    }
+                    let is_plain = name.starts_with("layer 1 ") || name.starts_with("head");
+                    let expected = if is_plain { WeightFormat::Bf16 } else { WeightFormat::Fp8 };
+                    assert_eq!(LinearArgs::unpack(task).format, expected, "{name}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn formats_and_scales_belong_to_matrices() {
+    let refuse = |edit: &dyn Fn(&mut Program)| {
+        let mut program = fp8_program(&SHAPES[0], 2, 1 << 11);
+        edit(&mut program);
+        validate(&program).unwrap_err()
+    };
+    for (name, format) in [
+        ("layer 0 down tile 1", WeightFormat::Bf16),
+        ("layer 1 down tile 1", WeightFormat::Fp8),
+        ("layer 2 qkv tile 0", WeightFormat::Q8),
+    ] {
+        let verdict = refuse(&|p| {
+            let at = find(p, name);
+            edit_linear(&mut p.tasks[at], |args| args.format = format);
+        });
+        refused!(verdict, E::Task { defect: Defect::Format(_), .. });
+    }
+    let matrix = |p: &Program, nth: usize| {
+        let matrices = p.tensors.iter().enumerate().filter(|(_, tensor)| tensor.scales.is_some());
+        matrices.map(|(idx, _)| idx).nth(nth).unwrap()
+    };
+    let scales_idx = |p: &Program, nth| p.tensors[matrix(p, nth)].scales.unwrap().0 as usize;
+    // Down has two scales of a row, the others have two of a column or one.
+    refused!(
+        refuse(&|p| {
+            let idx = scales_idx(p, 6);
+            p.tensors[idx].shape.reverse();
+        }),
+        E::Scales { .. }
+    );
+    refused!(
+        refuse(&|p| {
+            let (first, second) = (matrix(p, 0), matrix(p, 1));
+            p.tensors[second].scales = p.tensors[first].scales;
+        }),
+        E::Scales { .. }
+    );
+    refused!(
+        refuse(&|p| {
+            let first = matrix(p, 0);
+            p.tensors[first].scales = Some(crate::graph::TensorIdx(u32::MAX));
+        }),
+        E::Scales { .. }
+    );
+    // Scales that no matrix has are a tensor that no task uses, and the matrix is another's.
+    refused!(
+        refuse(&|p| {
+            let first = matrix(p, 0);
+            p.tensors[first].scales = None;
+        }),
+        E::Task { defect: Defect::Format(_), .. }
+    );
+    // The table is looked up as it is stored.
+    refused!(
+        refuse(&|p| {
+            let first = matrix(p, 0);
+            p.tensors[0].scales = p.tensors[first].scales.take();
+        }),
+        E::Scales { .. } | E::Task { defect: Defect::Shape { .. }, .. }
+    );
 }
 
 /// Prints what validation costs; run with `--release --nocapture`.

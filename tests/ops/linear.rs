@@ -126,7 +126,7 @@ fn strips(case: &Case, rows: &mut [Rows]) -> Memory {
     });
     let row_count: usize = rows.iter().map(|rows| rows.row_count).sum();
     let mut out = vec![0; quantiser.byte_count(row_count as u32)];
-    assert!(quantiser.pack(&stored.collect::<Vec<_>>(), &mut out));
+    assert_eq!(quantiser.pack(&stored.collect::<Vec<_>>(), &mut out), Ok(()));
     for rows in rows {
         rows.values = dequantised(case.format, &rows.values, in_dim);
     }

@@ -1,7 +1,6 @@
 //! Quantised weights: logits are those of the slow reference on what the weights then mean.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use tilert_mk::engine::Weights;
 use tilert_mk::load::Checkpoint;
@@ -14,7 +13,7 @@ use tilert_mk_shared::task::WeightFormat;
 use crate::play::{Plan, checkpoint, open_with, play};
 
 /// Both sides sum in different orders, as for the golden checkpoints.
-const TOLERANCE: f32 = 1e-4;
+pub(crate) const TOLERANCE: f32 = 1e-4;
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -24,10 +23,19 @@ struct Tensor {
     data: Vec<u8>,
 }
 
-/// A checkpoint whose matrices have been quantised and widened again.
-struct Widened(BTreeMap<String, Tensor>);
+/// A checkpoint in f32, whose matrices have been quantised and widened again.
+pub(crate) struct Widened(BTreeMap<String, Tensor>);
 
 impl Widened {
+    /// Tensors of name, shape and values.
+    pub(crate) fn of(tensors: impl Iterator<Item = (String, Vec<u64>, Vec<f32>)>) -> Widened {
+        let tensor = |(name, shape, values): (String, _, Vec<f32>)| {
+            let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+            (name, Tensor { shape, data })
+        };
+        Widened(tensors.map(tensor).collect())
+    }
+
     /// All but the embedding, which is looked up as it is stored; a tied head is its own tensor.
     fn new(stored: &Checkpoint, format: WeightFormat) -> Widened {
         let mut tensors = BTreeMap::new();
@@ -61,12 +69,12 @@ impl WeightSource for Widened {
 }
 
 /// The rows of logits of a prompt and some tokens after it, by the reference.
-fn expected(path: &Path, format: WeightFormat, plan: &Plan) -> (Vec<u32>, Vec<Vec<f32>>) {
-    let stored = Checkpoint::open(path).expect("a golden checkpoint");
-    let mut config = ModelConfig::parse(stored.config_text()).expect("a valid config.json");
-    config.tied_head = false;
-    let mut reference =
-        Reference::new(&config, &Widened::new(&stored, format)).expect("all tensors");
+pub(crate) fn expected(
+    config: &ModelConfig,
+    weights: &dyn WeightSource,
+    plan: &Plan,
+) -> (Vec<u32>, Vec<Vec<f32>>) {
+    let mut reference = Reference::new(config, weights).expect("all tensors");
     let mut rows = reference.forward(&plan.prompt);
     let mut ids = Vec::new();
     while ids.len() < plan.max_tokens as usize {
@@ -91,7 +99,10 @@ fn logits_are_those_of_the_widened_weights() {
     for name in ["llama/f32", "smollm2/bf16", "qwen3/bf16", "qwen3_yarn/bf16"] {
         let path = checkpoint(name);
         for (weights, format) in formats {
-            let (ids, rows) = expected(&path, format, &plan);
+            let stored = Checkpoint::open(&path).expect("a golden checkpoint");
+            let mut config = ModelConfig::parse(stored.config_text()).expect("a valid config.json");
+            config.tied_head = false;
+            let (ids, rows) = expected(&config, &Widened::new(&stored, format), &plan);
             let mut bits = None;
             for (workers, step_tokens) in [(1, 64), (2, 1), (3, 5)] {
                 let mut engine = open_with(&path, workers, 1, step_tokens, weights);

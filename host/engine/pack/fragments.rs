@@ -1,8 +1,6 @@
 //! Bf16 and E4M3 weights in the order in which a GPU multiplies them (`shared/packed.rs`).
 
-use tilert_mk_model::quantise::fp8_code;
 use tilert_mk_model::strips::StoredRows;
-use tilert_mk_model::weights::TensorView;
 use tilert_mk_shared::blocks::FP8_BLOCK;
 use tilert_mk_shared::packed::{Packing, spread_code};
 
@@ -11,16 +9,22 @@ const QUAD: usize = 4;
 /// Bytes of a value.
 const VALUE_BYTES: usize = 2;
 
-/// Packs one task's rows into `out`, which is all zeros; whether all scales are finite, if rows have some.
-pub(super) fn pack(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> bool {
+/// Packs one task's rows into `out`, which is all zeros.
+///
+/// Errors: the segment of rows whose codes, or scales, are not finite.
+pub(super) fn pack(
+    packing: &Packing,
+    segments: &[StoredRows<'_>],
+    out: &mut [u8],
+) -> Result<(), usize> {
     if packing.is_fp8 {
-        pack_fp8(packing, segments, out)
-    } else {
-        pack_bf16(packing, segments, out)
+        return pack_fp8(packing, segments, out);
     }
+    pack_bf16(packing, segments, out);
+    Ok(())
 }
 
-fn pack_bf16(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> bool {
+fn pack_bf16(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) {
     let row_bytes = packing.in_dim as usize * VALUE_BYTES;
     let rows = segments.iter().flat_map(|segment| segment.values.chunks_exact(row_bytes));
     for (row, values) in (0..).zip(rows) {
@@ -31,34 +35,32 @@ fn pack_bf16(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> 
             out[places[1]..places[1] + second.len()].copy_from_slice(second);
         }
     }
-    true
 }
 
-fn pack_fp8(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> bool {
-    let (in_dim, mut is_finite, mut row) = (packing.in_dim as usize, true, 0);
-    for segment in segments {
-        let row_bytes = in_dim * segment.dtype.byte_count() as usize;
-        for (idx, data) in segment.values.chunks_exact(row_bytes).enumerate() {
-            let values =
-                TensorView { dtype: segment.dtype, shape: &[in_dim as u64], data }.to_f32();
-            let first_scale = (segment.first + idx) / FP8_BLOCK * in_dim.div_ceil(FP8_BLOCK);
-            for (block, values) in values.chunks(FP8_BLOCK).enumerate() {
-                let (scale, column) = (segment.scales[first_scale + block], block * FP8_BLOCK);
-                let place = packing.scale_place(row, column as u32) as usize;
-                out[place..place + 4].copy_from_slice(&scale.to_le_bytes());
-                is_finite &= scale.is_finite();
-                for (column, value) in (column as u32..).zip(values) {
-                    let (place, is_second) = packing.code_place(row, column);
-                    let bytes = spread_code(fp8_code(*value, scale), is_second).to_le_bytes();
-                    for (out, byte) in out[place as usize..].iter_mut().zip(bytes) {
-                        *out |= byte;
-                    }
+fn pack_fp8(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> Result<(), usize> {
+    let in_dim = packing.in_dim as usize;
+    let mut row = 0;
+    for (segment_idx, segment) in segments.iter().enumerate() {
+        let row_count = segment.values.len() / (in_dim * segment.dtype.byte_count() as usize);
+        for idx in 0..row_count {
+            let (scales, is_finite) = segment.fp8_row(idx, in_dim, |column, code| {
+                let (place, is_second) = packing.code_place(row, column as u32);
+                let bytes = spread_code(code, is_second).to_le_bytes();
+                for (out, byte) in out[place as usize..].iter_mut().zip(bytes) {
+                    *out |= byte;
                 }
+            });
+            if !is_finite {
+                return Err(segment_idx);
+            }
+            for (column, scale) in (0..).step_by(FP8_BLOCK).zip(scales) {
+                let place = packing.scale_place(row, column) as usize;
+                out[place..place + 4].copy_from_slice(&scale.to_le_bytes());
             }
             row += 1;
         }
     }
-    is_finite
+    Ok(())
 }
 
 #[cfg(test)]
@@ -76,7 +78,7 @@ mod tests {
         let segments =
             [a, b].map(|values| StoredRows { dtype: Dtype::Bf16, values, first: 0, scales: &[] });
         let mut out = vec![0; packing.byte_count() as usize];
-        assert!(pack(&packing, &segments, &mut out));
+        assert_eq!(pack(&packing, &segments, &mut out), Ok(()));
         let mut left = out.clone();
         for row in 0..17 {
             for column in (0..72).step_by(QUAD) {
