@@ -1,7 +1,7 @@
 //! What the loading warp works out of a task's record for the computing warps.
 
 use tilert_mk_shared::packed::Packing;
-use tilert_mk_shared::task::{LinearArgs, WeightFormat};
+use tilert_mk_shared::task::LinearArgs;
 
 use super::inputs::is_narrow;
 use super::loader::RECORD_BYTES;
@@ -9,19 +9,6 @@ use super::memory::{load_shared_words, store_shared};
 
 /// Offset of the digest in a task slot.
 const DIGEST: u32 = RECORD_BYTES + 16;
-
-/// Whether a linear task's weights are packed. PTX without ops for E4M3 has no task with such weights.
-#[inline(always)]
-pub fn is_packed(args: &LinearArgs) -> bool {
-    args.format == WeightFormat::Bf16 || cfg!(tilert_fp8) && args.format == WeightFormat::Fp8
-}
-
-/// How they are.
-#[inline(always)]
-pub fn packing(args: &LinearArgs) -> Packing {
-    let format = if cfg!(tilert_fp8) { args.format } else { WeightFormat::Bf16 };
-    Packing::new(args.row_count(), args.in_dim, format)
-}
 
 /// What the computing warps would work out of a task's record, each of them, in every task.
 #[derive(Clone, Copy, Default)]
@@ -40,7 +27,7 @@ impl Digest {
     /// Of a task with packed weights.
     #[inline(always)]
     pub fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
-        let packing = packing(args);
+        let packing = Packing::new(args.row_count(), args.in_dim, args.format);
         let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
         Digest {
             narrow_rows_max: fits(1) + fits(2),
