@@ -341,6 +341,14 @@ pub struct ProgramHeader {
     pub distances: [u64; PE_COUNT_MAX],
 }
 
+impl ProgramHeader {
+    /// Workers of each PE.
+    #[inline]
+    pub const fn pe_worker_count(&self) -> u32 {
+        self.worker_count / self.pe_count
+    }
+}
+
 const _: () = assert!(size_of::<Dims>() == 72);
 const _: () = assert!(size_of::<HeapPlan>() == 8 * (REGION_COUNT + 1));
 const _: () =

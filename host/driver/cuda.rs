@@ -125,12 +125,12 @@ impl CudaDevice {
             pes.push(Pe::open(gpu, purpose)?);
         }
         let first = pes[0].gpu.clone();
-        for (idx, pe) in pes.iter().enumerate() {
+        for pe in &pes {
             if (pe.gpu.sm_count, pe.gpu.shared_bytes) != (first.sm_count, first.shared_bytes) {
                 let (a, b) = (&first.name, &pe.gpu.name);
                 return Err(Error::Device(format!("GPUs that differ: {a} and {b}")));
             }
-            for (_, other) in pes.iter().enumerate().filter(|(other, _)| *other != idx) {
+            for other in pes.iter().filter(|other| other.gpu.ordinal != pe.gpu.ordinal) {
                 pe.map(other)?;
             }
         }

@@ -35,7 +35,7 @@ pub fn survey() -> Result<Survey> {
 }
 
 /// Whether the GPU `from` can map the memory of the GPU `to`; not if the driver does not answer.
-fn reaches(from: i32, to: i32) -> bool {
+pub(super) fn reaches(from: i32, to: i32) -> bool {
     let (Ok(from), Ok(to)) = (device::get(from), device::get(to)) else { return false };
     let mut can_access = 0;
     // SAFETY: two handles that the driver gave; it writes one integer.

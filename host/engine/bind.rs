@@ -140,7 +140,7 @@ pub(super) fn bind(
     let homes = homes(program, pe_count);
     let packs_bf16 = device.profile().packs_weights;
     let views = views(program, weights, dtype)?;
-    let packed = pack::upload(program, packs_bf16, &homes, &views, device, progress)?;
+    let packed = pack::upload(program, &homes, &views, device, progress)?;
     let mut bound = Vec::with_capacity(pe_count as usize);
     for pe in 0..pe_count {
         let mut tasks = program.tasks.clone();

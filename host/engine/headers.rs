@@ -33,7 +33,6 @@ pub(super) fn upload(
     let prompts = u64::from(dims.kv.slot_count) * u64::from(dims.kv.context_max) * 4;
     let row = dims.intermediate_dim.max(dims.prologue_dim_max);
     let near = SharedPlan::new(device.profile().shared_bytes, row);
-    let pe_count = tasks.len() as u32;
     let shared = ProgramHeader {
         abi_version: ABI_VERSION,
         worker_count,
@@ -50,7 +49,7 @@ pub(super) fn upload(
         fault: device.reserve_shared("the fault record", size_of::<FaultRecord>() as u64)?,
         dims: *dims,
         plan: program.plan,
-        pe_count,
+        pe_count: tasks.len() as u32,
         ..ProgramHeader::default()
     };
     let mut headers = Vec::with_capacity(tasks.len());
@@ -60,7 +59,7 @@ pub(super) fn upload(
             device.write(pe, address, bytes).map(|()| address)
         };
         headers.push(ProgramHeader {
-            first_worker: pe * (worker_count / pe_count),
+            first_worker: pe * shared.pe_worker_count(),
             tasks: uploaded("the tasks", bytes_of(tasks))?,
             queue_spans: uploaded("the queues", bytes_of(&program.queue_spans))?,
             queue_entries: uploaded("the queues", bytes_of(&program.queue_entries))?,

@@ -127,7 +127,7 @@ impl Engine {
     /// A worker's traced tasks in the order of time; after its end.
     pub(super) fn trace_of(&self, worker_idx: u32) -> Result<Vec<TraceRecord>> {
         // Each PE has a ring for every worker, and fills its own.
-        let pe = worker_idx / (self.header().worker_count / self.header().pe_count);
+        let pe = worker_idx / self.header().pe_worker_count();
         let header = &self.headers[pe as usize];
         let capacity = header.trace_capacity as usize;
         let mut records = vec![TraceRecord::default(); capacity];

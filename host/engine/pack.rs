@@ -53,16 +53,14 @@ pub(super) fn is_packed(task: &Task, packs_bf16: bool) -> bool {
 /// driver says.
 pub(super) fn upload(
     program: &Program,
-    packs_bf16: bool,
     homes: &[u32],
     views: &[TensorView<'_>],
     device: &mut dyn Device,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Vec<(usize, u64)>> {
-    let scales = scales(program, views);
+    let (scales, is_gpu) = (scales(program, views), device.profile().packs_weights);
     let tasks = program.tasks.iter().enumerate();
-    let packed = tasks.filter(|(_, task)| is_packed(task, packs_bf16));
-    let is_gpu = device.profile().packs_weights;
+    let packed = tasks.filter(|(_, task)| is_packed(task, is_gpu));
     let pieces = packed.map(|(task_idx, task)| piece(task_idx, task, views, &scales, is_gpu));
     let mut pieces = pieces.collect::<Result<Vec<_>>>()?;
     let home = |piece: &Piece| homes[piece.task_idx];

@@ -42,12 +42,12 @@ impl DeviceKind {
                 Err(Error::Usage(message))
             }
             DeviceKind::Cpu => Ok(Box::new(CpuDevice::new(polls_busily))),
-            DeviceKind::Auto if count > 1 => DeviceKind::Cuda.open(count, weights, polls_busily),
-            DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(count, has_fp8)?)),
-            DeviceKind::Auto => match CudaDevice::open(1, has_fp8) {
+            DeviceKind::Auto if count == 1 => match CudaDevice::open(count, has_fp8) {
                 Ok(device) => Ok(Box::new(device)),
                 Err(_) => Ok(Box::new(CpuDevice::new(polls_busily))),
             },
+            // No CPU takes the place of several.
+            DeviceKind::Auto | DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(count, has_fp8)?)),
         }
     }
 }

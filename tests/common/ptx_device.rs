@@ -143,13 +143,12 @@ impl PtxDevice {
                 size_of::<ProgramHeader>(),
             )
         };
-        let grid = header.worker_count / header.pe_count;
         let arguments = [Arg::Bytes(bytes.to_vec())];
         vm.launch(
             device,
             &self.module,
             "tilert_mk",
-            grid,
+            header.pe_worker_count(),
             BLOCK_THREADS,
             near.shared_bytes(),
             &arguments,

@@ -10,10 +10,10 @@ use tilert_mk_model::reference::Reference;
 use tilert_mk_model::weights::{Dtype, TensorView, WeightSource};
 use tilert_mk_shared::task::WeightFormat;
 
-use crate::play::{Plan, checkpoint, open_with, play};
+use crate::play::{Answer, Plan, checkpoint, open_with, play};
 
 /// Both sides sum in different orders, as for the golden checkpoints.
-pub(crate) const TOLERANCE: f32 = 1e-4;
+const TOLERANCE: f32 = 1e-4;
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
@@ -88,6 +88,17 @@ pub(crate) fn expected(
     (ids, rows)
 }
 
+/// Compares an answer with what is expected of it.
+#[track_caller]
+pub(crate) fn check(answer: &Answer, ids: &[u32], rows: &[Vec<f32>], what: &str) {
+    assert_eq!(answer.ids, ids, "{what}");
+    assert_eq!(answer.rows.len(), rows.len(), "{what}");
+    for (found, expected) in answer.rows.iter().flatten().zip(rows.iter().flatten()) {
+        let difference = (f32::from_bits(*found) - expected).abs();
+        assert!(difference <= TOLERANCE, "{what}: off by {difference}");
+    }
+}
+
 #[test]
 fn logits_are_those_of_the_widened_weights() {
     let plan = Plan::new(1, 13, 6);
@@ -107,12 +118,7 @@ fn logits_are_those_of_the_widened_weights() {
             for (workers, step_tokens) in [(1, 64), (2, 1), (3, 5)] {
                 let mut engine = open_with(&path, workers, 1, step_tokens, weights);
                 let answer = play(&mut engine, 1, std::slice::from_ref(&plan)).remove(0);
-                assert_eq!(answer.ids, ids, "{name} {format:?}");
-                assert_eq!(answer.rows.len(), rows.len(), "{name} {format:?}");
-                for (found, expected) in answer.rows.iter().flatten().zip(rows.iter().flatten()) {
-                    let difference = (f32::from_bits(*found) - expected).abs();
-                    assert!(difference <= TOLERANCE, "{name} {format:?}: off by {difference}");
-                }
+                check(&answer, &ids, &rows, &format!("{name} {format:?}"));
                 let known = bits.get_or_insert_with(|| answer.rows.clone());
                 assert!(*known == answer.rows, "{name} {format:?}, {workers} workers: other bits");
             }

@@ -10,6 +10,7 @@ use tilert_mk_shared::tile::{BLOCK_THREADS, SharedPlan};
 
 use super::kernels::{Purpose, kernel_text};
 use super::{Gpu, wrap};
+use crate::driver::survey::reaches;
 use crate::error::{Error, Result};
 
 /// Name of the kernel in the embedded PTX.
@@ -79,13 +80,8 @@ impl Pe {
     ///
     /// Errors: GPUs that do not reach each other.
     pub(super) fn map(&self, other: &Pe) -> Result<()> {
-        let mut can_access = 0;
-        // SAFETY: two handles that the driver gave; it writes one integer.
-        unsafe { sys::cuDeviceCanAccessPeer(&mut can_access, self.device, other.device) }
-            .result()
-            .map_err(wrap("asking for a link between GPUs"))?;
-        if can_access == 0 {
-            let (from, to) = (self.gpu.ordinal, other.gpu.ordinal);
+        let (from, to) = (self.gpu.ordinal, other.gpu.ordinal);
+        if !reaches(from, to) {
             return Err(Error::Device(format!(
                 "cuda:{from} does not reach the memory of cuda:{to}; use --devices 1"
             )));
@@ -150,8 +146,7 @@ impl Pe {
         self.make_current()?;
         let mut header = *header;
         let mut arguments = [(&raw mut header).cast::<c_void>()];
-        let block_count = header.worker_count / header.pe_count;
-        let (grid, block) = ((block_count, 1, 1), (BLOCK_THREADS, 1, 1));
+        let (grid, block) = ((header.pe_worker_count(), 1, 1), (BLOCK_THREADS, 1, 1));
         let (page_count, input_bytes) = (header.page_count, header.input_bytes);
         let bytes = SharedPlan { page_count, input_bytes }.shared_bytes();
         let launch: unsafe fn(_, _, _, _, _, &mut [*mut c_void]) -> _ = if self.gpu.is_cooperative {

@@ -9,7 +9,7 @@ use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource
 use tilert_mk_model::weights::Dtype;
 
 use crate::play::{Answer, Plan, open_with, play};
-use crate::quantised::{TOLERANCE, expected};
+use crate::quantised::{check, expected};
 use files::Files;
 
 /// What of a model is FP8, and the type of its scales.
@@ -37,12 +37,7 @@ fn logits_are_those_of_codes_times_scales() {
         let mut bits = None;
         for shape in [[1, 64], [2, 1], [3, 5]] {
             let answer = answer(folder.path(), shape, Weights::Native, &plan);
-            assert_eq!(answer.ids, ids, "{name} {plain:?}");
-            assert_eq!(answer.rows.len(), rows.len(), "{name} {plain:?}");
-            for (found, expected) in answer.rows.iter().flatten().zip(rows.iter().flatten()) {
-                let difference = (f32::from_bits(*found) - expected).abs();
-                assert!(difference <= TOLERANCE, "{name} {plain:?}: off by {difference}");
-            }
+            check(&answer, &ids, &rows, &format!("{name} {plain:?}"));
             let known = bits.get_or_insert_with(|| answer.rows.clone());
             assert!(*known == answer.rows, "{name} {plain:?}, {shape:?}: other bits");
         }
