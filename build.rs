@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// PTX that is made: its name, the chip, which the driver carries on to later ones, and its `cfg`s.
-const TARGETS: [(&str, &str, &str); 4] = [
+const TARGETS: [(&str, &str, &str); 5] = [
     ("sm_80", "sm_80", ""),
     ("sm_90", "sm_90", "--cfg tilert_sm90"),
     ("sm_90_fp8", "sm_90", "--cfg tilert_sm90 --cfg tilert_fp8"),
+    ("sm_90_integers", "sm_90", "--cfg tilert_sm90 --cfg tilert_integers"),
     ("sm_90_peers", "sm_90", "--cfg tilert_sm90 --cfg tilert_peers --cfg tilert_fp8"),
 ];
 /// Threads of a block, for the assembler: `BLOCK_THREADS` of `shared/tile.rs`.

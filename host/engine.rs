@@ -74,7 +74,7 @@ impl Engine {
     /// Errors: a model, a checkpoint or a device that cannot be used, each with its name.
     pub fn open(
         source: ModelSource<'_>,
-        device: Box<dyn Device>,
+        mut device: Box<dyn Device>,
         options: &EngineOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Engine> {
@@ -104,6 +104,7 @@ impl Engine {
         };
         let lower_options = lower_options(&config, device.profile(), options, dtype)?;
         let program = lower(&config, &lower_options)?;
+        device.prepare(&program.formats())?;
         let needed: Vec<_> =
             program.tensors.iter().map(|t| (t.name.clone(), t.shape.clone())).collect();
         let weights: Box<dyn WeightSource + Send> = match checkpoint {
@@ -442,7 +443,7 @@ fn lower_options(
         )));
     }
     if config.fp8.is_some() {
-        check_fp8(profile, options)?;
+        check_fp8(options.weights)?;
     }
     let format = match options.weights {
         Weights::Native => format_of(dtype),
@@ -450,11 +451,6 @@ fn lower_options(
         Weights::Q8 => WeightFormat::Q8,
         Weights::Q4 => WeightFormat::Q4,
     };
-    if matches!(format, WeightFormat::Q8 | WeightFormat::Q4) && profile.shared_bytes > 0 {
-        let name = &profile.name;
-        let message = format!("{name}: --weights q8 and q4 need --device cpu; a GPU has fp8");
-        return Err(Error::Device(message));
-    }
     let precision = match options.compute {
         Compute::Exact => Precision::Exact,
         Compute::Bf16 => Precision::Bf16,

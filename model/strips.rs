@@ -1,5 +1,6 @@
 //! Weights quantised into the strips of blocks that a CPU multiplies (`shared/blocks.rs`).
 
+use half::f16;
 use tilert_mk_shared::blocks::{
     BlockShape, FP8_BLOCK, Q_COLUMNS, Q4_OFFSET, Q8_OFFSET, STRIP_ROWS, code_place,
 };
@@ -53,6 +54,24 @@ impl StoredRows<'_> {
     }
 }
 
+/// Gives the integers of a row of `Q8` or `Q4`, with the scale of each block of `Q_COLUMNS` columns, to `put`, which hears of
+/// the block's index; whether all scales are finite.
+pub fn integer_row(
+    format: WeightFormat,
+    dtype: Dtype,
+    stored: &[u8],
+    mut put: impl FnMut(usize, &[i8; Q_COLUMNS], f16),
+) -> bool {
+    let mut is_finite = true;
+    for (idx, values) in widened(dtype, stored).chunks(Q_COLUMNS).enumerate() {
+        let mut integers = [0; Q_COLUMNS];
+        let scale = quantise_block(format, values, &mut integers);
+        put(idx, &integers, scale);
+        is_finite &= scale.is_finite();
+    }
+    is_finite
+}
+
 /// How the weights of one linear task become strips.
 pub struct Quantiser {
     format: WeightFormat,
@@ -99,7 +118,7 @@ impl Quantiser {
                 is_finite &= if self.format == WeightFormat::Fp8 {
                     self.fp8_row(segment, idx, row, strip)
                 } else {
-                    self.row(&widened(segment.dtype, values), row, strip)
+                    self.row(segment.dtype, values, row, strip)
                 };
                 row_idx += 1;
             }
@@ -125,18 +144,14 @@ impl Quantiser {
     }
 
     /// Puts the integers of a strip's row in their places, with the scales of its blocks.
-    fn row(&self, values: &[f32], row: usize, strip: &mut [u8]) -> bool {
-        let blocks = strip.chunks_exact_mut(self.shape.bytes() as usize);
-        let mut is_finite = true;
-        for (block, values) in blocks.zip(values.chunks(self.shape.columns as usize)) {
+    fn row(&self, dtype: Dtype, values: &[u8], row: usize, strip: &mut [u8]) -> bool {
+        let block_bytes = self.shape.bytes() as usize;
+        integer_row(self.format, dtype, values, |idx, integers, scale| {
+            let block = &mut strip[idx * block_bytes..][..block_bytes];
             let (codes, scales) = block.split_at_mut(self.shape.code_bytes as usize);
-            let mut integers = [0; Q_COLUMNS];
-            let scale = quantise_block(self.format, values, &mut integers);
-            self.place(&integers, row, codes);
+            self.place(integers, row, codes);
             scales[row * 2..][..2].copy_from_slice(&scale.to_le_bytes());
-            is_finite &= scale.is_finite();
-        }
-        is_finite
+        })
     }
 
     /// Puts the codes of a row's block in their places.

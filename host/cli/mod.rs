@@ -62,6 +62,12 @@ enum Command {
     Bench(bench::BenchArgs),
 }
 
+/// What is shown while weights are read.
+const LOADING: &str = "loading {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
+/// What is shown once they are there.
+const STARTING: &str =
+    "starting (on a GPU's first start its driver assembles the kernel: half a minute)";
+
 /// Which model runs, and on what.
 #[derive(Args, Debug)]
 struct ModelArgs {
@@ -84,7 +90,7 @@ struct ModelArgs {
     /// Use weights in place, copy them once, or make random ones from config.json alone.
     #[arg(long, value_enum, default_value_t = LoadMode::Map)]
     load: LoadMode,
-    /// Quantise the matrices when they are loaded, the embedding excepted; to q8 and q4 on the CPU alone.
+    /// Quantise the matrices when they are loaded, the embedding excepted; several GPUs take no q8 and q4.
     /// They are then a copy, whatever --load says. A checkpoint in FP8 is taken as it is, with `native`
     /// alone.
     #[arg(long, value_enum, default_value_t = Weights::Native)]
@@ -143,15 +149,20 @@ impl ModelArgs {
             ProgressDrawTarget::hidden()
         };
         let bar = ProgressBar::with_draw_target(None, target);
-        let template = "loading {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        let device = self.device.open(self.devices, self.weights, self.busy_poll)?;
+        let set_style = |template| {
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style);
+            }
+        };
+        set_style(LOADING);
+        let device = self.device.open(self.devices, self.busy_poll)?;
         let engine =
             Engine::open(self.source(), device, options, &mut |done_bytes, total_bytes| {
                 bar.set_length(total_bytes);
                 bar.set_position(done_bytes);
+                // A GPU's kernel may not be ready yet.
+                set_style(if done_bytes < total_bytes { LOADING } else { STARTING });
+                bar.tick();
             });
         bar.finish_and_clear();
         engine

@@ -6,6 +6,7 @@
 //! program together: each maps the memory of the others, and has a kernel and a heap of its own.
 
 mod kernels;
+mod module;
 mod pe;
 
 use std::ffi::c_void;
@@ -15,10 +16,12 @@ use cudarc::driver::sys;
 use sys::CUdevice_attribute_enum as Attribute;
 use tilert_mk_shared::limits::PE_COUNT_MAX;
 use tilert_mk_shared::program::ProgramHeader;
+use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::{GPU_STEP_TOKENS_MAX, TILE_ROWS_MAX};
 
 pub(crate) use self::kernels::KERNEL_VARIABLE;
 pub use self::kernels::{Kernel, Purpose, fitting_kernel, kernels};
+use self::module::Loading;
 use self::pe::Pe;
 use super::{Device, Profile};
 use crate::error::{Error, Result};
@@ -27,6 +30,8 @@ use crate::error::{Error, Result};
 /// the other, 100 us for those of an H200: each 256 polls, they kept a block that was waited for from
 /// its next poll.
 const POLLS_PER_LOOK: u32 = 16_384;
+/// The first CUDA version whose drivers read the embedded PTX, of version 8.0.
+const DRIVER_VERSION_MIN: u32 = 12_000;
 /// Weight bytes of a linear task at most: what `TILE_ROWS_MAX` leaves.
 const TILE_BYTES: u64 = 1 << 20;
 
@@ -53,6 +58,8 @@ pub struct Gpu {
 pub struct CudaDevice {
     profile: Profile,
     pes: Vec<Pe>,
+    /// The kernel, until it is launched.
+    loading: Option<Loading>,
     shared_memory: Vec<*mut c_void>,
 }
 
@@ -62,6 +69,18 @@ unsafe impl Send for CudaDevice {}
 
 fn wrap(what: &str) -> impl Fn(DriverError) -> Error {
     move |error| Error::Device(format!("{what}: {error}"))
+}
+
+/// The newest CUDA version that the driver speaks, for example 12080.
+///
+/// Errors: a driver that does not answer.
+pub(super) fn driver_version() -> Result<u32> {
+    let mut version = 0;
+    // SAFETY: the caller has started the driver, which writes one integer.
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(wrap("asking the NVIDIA driver"))?;
+    Ok(version.max(0) as u32)
 }
 
 /// The GPUs of this machine.
@@ -102,12 +121,15 @@ fn describe(ordinal: i32) -> Result<Gpu> {
 }
 
 impl CudaDevice {
-    /// Opens the first `count` GPUs and loads on each the kernel, which `has_fp8` weights or not.
+    /// Opens the first `count` GPUs.
     ///
-    /// Errors: no driver, too few GPUs, ones that differ or do not reach each other, that are too old or
-    /// have too little shared memory; a build without the kernel.
-    pub fn open(count: u32, has_fp8: bool) -> Result<CudaDevice> {
+    /// Errors: no driver, or one that is too old; too few GPUs, ones that differ or do not reach each other,
+    /// that are too old or have too little shared memory; a build without the kernel.
+    pub fn open(count: u32) -> Result<CudaDevice> {
         let found = gpus()?;
+        if driver_version()? < DRIVER_VERSION_MIN {
+            return Err(Error::Device("the NVIDIA driver is older than CUDA 12".into()));
+        }
         if found.is_empty() {
             return Err(Error::Device("the NVIDIA driver sees no GPU; use --device cpu".into()));
         }
@@ -115,14 +137,11 @@ impl CudaDevice {
             let (limit, what) = (found.len().min(PE_COUNT_MAX), "GPUs can be used");
             return Err(Error::Usage(format!("--devices {count}: {limit} {what}")));
         }
-        let purpose = match (count > 1, has_fp8) {
-            (true, _) => Purpose::Peers,
-            (false, true) => Purpose::Fp8,
-            (false, false) => Purpose::Single,
-        };
         let mut pes = Vec::new();
         for gpu in found.into_iter().take(count.max(1) as usize) {
-            pes.push(Pe::open(gpu, purpose)?);
+            // Before weights are looked at: another device may take the place of one without a kernel.
+            kernels::image(&gpu, purpose(count, &[])?)?;
+            pes.push(Pe::open(gpu)?);
         }
         let first = pes[0].gpu.clone();
         for pe in &pes {
@@ -151,14 +170,49 @@ impl CudaDevice {
                 host_spins: true,
             },
             pes,
+            loading: None,
             shared_memory: Vec::new(),
         })
+    }
+
+    /// Waits for the kernel, if it is on its way.
+    fn finish_loading(&mut self) -> Result<()> {
+        let Some(loading) = self.loading.take() else { return Ok(()) };
+        for (pe, loaded) in self.pes.iter_mut().zip(loading.finish()?) {
+            pe.take(loaded);
+        }
+        Ok(())
+    }
+}
+
+/// What a kernel is for that runs programs of so many GPUs with linear tasks in these formats.
+///
+/// Errors: a program for which there is no kernel.
+fn purpose(count: u32, formats: &[WeightFormat]) -> Result<Purpose> {
+    let is_integer = |format: &WeightFormat| matches!(format, WeightFormat::Q8 | WeightFormat::Q4);
+    match (count > 1, formats.iter().any(is_integer)) {
+        (true, true) => {
+            let message = format!("--devices {count}: --weights q8 and q4 need one device");
+            Err(Error::Usage(message))
+        }
+        (true, false) => Ok(Purpose::Peers),
+        (false, true) => Ok(Purpose::Integers),
+        (false, false) if formats.contains(&WeightFormat::Fp8) => Ok(Purpose::Fp8),
+        (false, false) => Ok(Purpose::Single),
     }
 }
 
 impl Device for CudaDevice {
     fn profile(&self) -> &Profile {
         &self.profile
+    }
+
+    fn prepare(&mut self, formats: &[WeightFormat]) -> Result<()> {
+        let targets = self.pes.iter().map(Pe::target).collect();
+        let purpose = purpose(self.pes.len() as u32, formats)?;
+        // The contexts live until this device is dropped, which waits for the kernel first.
+        self.loading = Some(Loading::begin(targets, purpose)?);
+        Ok(())
     }
 
     fn place(&mut self, pe: u32, bytes: &[u8]) -> Result<u64> {
@@ -192,6 +246,7 @@ impl Device for CudaDevice {
     }
 
     fn launch(&mut self, headers: &[ProgramHeader]) -> Result<()> {
+        self.finish_loading()?;
         self.pes.iter_mut().zip(headers).try_for_each(|(pe, header)| pe.launch(header))
     }
 
@@ -212,6 +267,8 @@ impl Drop for CudaDevice {
     fn drop(&mut self) {
         // All kernels: each stores in the memory of the others.
         self.join();
+        // What never ran is unloaded with the GPUs, and its error has nobody to go to.
+        let _ = self.finish_loading();
         if self.pes[0].make_current().is_err() {
             return;
         }

@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod survey;
 
 use tilert_mk_shared::program::{HeapPlan, ProgramHeader};
+use tilert_mk_shared::task::WeightFormat;
 
 use crate::error::Result;
 
@@ -31,7 +32,7 @@ pub struct Profile {
     pub tile_rows_max: u32,
     /// Shared memory of a worker's block; 0 if workers have none.
     pub shared_bytes: u32,
-    /// Whether linear tasks want bf16 weights as `shared/packed.rs` describes.
+    /// Whether linear tasks want weights as `shared/packed.rs` describes.
     pub packs_weights: bool,
     /// Whether workers stamp values (`shared/stamp.rs`).
     pub stamps_values: bool,
@@ -45,6 +46,14 @@ pub struct Profile {
 pub trait Device: Send {
     /// What it is.
     fn profile(&self) -> &Profile;
+
+    /// Begins what `launch` has to wait for, for a program whose linear tasks have these formats.
+    ///
+    /// Errors: a device that cannot run such programs.
+    fn prepare(&mut self, formats: &[WeightFormat]) -> Result<()> {
+        let _ = formats;
+        Ok(())
+    }
 
     /// The address at which the workers of a PE find `bytes`, which the caller keeps until the device is gone.
     ///

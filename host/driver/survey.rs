@@ -3,8 +3,8 @@
 use cudarc::driver::result::device;
 use cudarc::driver::sys;
 
-use super::cuda::{Gpu, gpus};
-use crate::error::{Error, Result};
+use super::cuda::{Gpu, driver_version, gpus};
+use crate::error::Result;
 
 /// The driver and the GPUs that it shows.
 #[derive(Clone, Debug)]
@@ -20,18 +20,14 @@ pub struct Survey {
 /// Errors: no driver, or one that does not start.
 pub fn survey() -> Result<Survey> {
     let gpus = gpus()?;
-    let mut version = 0;
-    // SAFETY: `gpus` has loaded and started the driver; it writes one integer.
-    unsafe { sys::cuDriverGetVersion(&mut version) }
-        .result()
-        .map_err(|error| Error::Device(format!("asking the NVIDIA driver: {error}")))?;
+    let cuda_version = driver_version()?;
     let ordinals: Vec<i32> = gpus.iter().map(|gpu| gpu.ordinal).collect();
     let with_peers = gpus.into_iter().map(|gpu| {
         let others = ordinals.iter().copied().filter(|other| *other != gpu.ordinal);
         let peers = others.filter(|other| reaches(gpu.ordinal, *other)).collect();
         (gpu, peers)
     });
-    Ok(Survey { cuda_version: version.max(0) as u32, gpus: with_peers.collect() })
+    Ok(Survey { cuda_version, gpus: with_peers.collect() })
 }
 
 /// Whether the GPU `from` can map the memory of the GPU `to`; not if the driver does not answer.

@@ -8,7 +8,7 @@ use tilert_mk_shared::task::{LINEAR_WEIGHTS, Task, WeightFormat};
 use tilert_mk_shared::trace::TraceRecord;
 
 use super::{EngineOptions, LoadMode, ModelSource, Weights, pack};
-use crate::driver::{Device, Profile};
+use crate::driver::Device;
 use crate::error::{Error, Result};
 use crate::load::{Checkpoint, copied};
 
@@ -100,15 +100,11 @@ pub(super) fn table_dtype(checkpoint: &Checkpoint, config: &ModelConfig) -> Resu
     }
 }
 
-/// Refuses what cannot be done with a checkpoint of FP8 matrices.
+/// Refuses to bring a checkpoint's FP8 matrices into another format.
 ///
-/// Errors: a GPU; another format.
-pub(super) fn check_fp8(profile: &Profile, options: &EngineOptions) -> Result<()> {
-    if profile.shared_bytes > 0 {
-        let name = &profile.name;
-        return Err(Error::Device(format!("{name}: FP8 checkpoints need --device cpu")));
-    }
-    if options.weights != Weights::Native {
+/// Errors: a format that was asked for.
+pub(super) fn check_fp8(weights: Weights) -> Result<()> {
+    if weights != Weights::Native {
         let message = "the checkpoint's matrices are FP8 already: --weights native takes them as \
                        they are, and another format needs a checkpoint in f32, f16 or bf16";
         return Err(Error::Usage(message.into()));
@@ -252,20 +248,4 @@ pub(super) fn stored_tensors(
         }
     }
     is_stored
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::driver::cpu::CpuDevice;
-
-    #[test]
-    fn fp8_checkpoints_are_for_the_cpu() {
-        let cpu = CpuDevice::new(false);
-        let options = EngineOptions::default();
-        assert!(check_fp8(cpu.profile(), &options).is_ok());
-        let gpu = Profile { name: "gpu 0".into(), shared_bytes: 1, ..cpu.profile().clone() };
-        let message = check_fp8(&gpu, &options).unwrap_err().to_string();
-        assert_eq!(message, "gpu 0: FP8 checkpoints need --device cpu");
-    }
 }

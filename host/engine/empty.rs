@@ -24,7 +24,7 @@ impl Engine {
     ///
     /// Errors: as `open`.
     pub fn open_empty(
-        device: Box<dyn Device>,
+        mut device: Box<dyn Device>,
         options: &EngineOptions,
         shape: &EmptyShape,
         vocab_size: u32,
@@ -36,6 +36,7 @@ impl Engine {
         let dtype = Dtype::Bf16;
         let lower_options = lower_options(&config, device.profile(), options, dtype)?;
         let program = lower_empty(&config, &lower_options, shape)?;
+        device.prepare(&program.formats())?;
         let weights = Box::new(DummyWeights::new(&[], 0, &mut |_, _| {})?);
         let mut engine =
             Engine::build(config, program, device, weights, dtype, options, &mut |_, _| {})?;

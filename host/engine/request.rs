@@ -30,24 +30,23 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Opens the device, or `count` of them that run a program together, for weights in a format; with
-    /// `polls_busily`, workers of a CPU never give up their cores.
+    /// Opens the device, or `count` of them that run a program together; with `polls_busily`, workers of a
+    /// CPU never give up their cores.
     ///
     /// Errors: a GPU that was asked for by name and cannot be used; several devices that are not GPUs.
-    pub fn open(self, count: u32, weights: Weights, polls_busily: bool) -> Result<Box<dyn Device>> {
-        let has_fp8 = weights == Weights::Fp8;
+    pub fn open(self, count: u32, polls_busily: bool) -> Result<Box<dyn Device>> {
         match self {
             DeviceKind::Cpu if count > 1 => {
                 let message = format!("--devices {count} needs --device cuda: a CPU is one device");
                 Err(Error::Usage(message))
             }
             DeviceKind::Cpu => Ok(Box::new(CpuDevice::new(polls_busily))),
-            DeviceKind::Auto if count == 1 => match CudaDevice::open(count, has_fp8) {
+            DeviceKind::Auto if count == 1 => match CudaDevice::open(count) {
                 Ok(device) => Ok(Box::new(device)),
                 Err(_) => Ok(Box::new(CpuDevice::new(polls_busily))),
             },
             // No CPU takes the place of several.
-            DeviceKind::Auto | DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(count, has_fp8)?)),
+            DeviceKind::Auto | DeviceKind::Cuda => Ok(Box::new(CudaDevice::open(count)?)),
         }
     }
 }

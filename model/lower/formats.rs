@@ -1,9 +1,24 @@
 //! Formats of operators: a task has one, so matrices that are multiplied together share it.
 
-use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 
-use super::LowerError;
+use super::{LowerError, Program};
 use crate::graph::{Graph, Kind, Linear, Tensor};
+
+impl Program {
+    /// The formats of all linear tasks, each once.
+    pub fn formats(&self) -> Vec<WeightFormat> {
+        let is_linear = |task: &&Task| task.opcode == Opcode::Linear as u16;
+        let mut formats = Vec::new();
+        for task in self.tasks.iter().filter(is_linear) {
+            let format = LinearArgs::unpack(task).format;
+            if !formats.contains(&format) {
+                formats.push(format);
+            }
+        }
+        formats
+    }
+}
 
 /// An operator's matrices.
 fn matrices<'a>(graph: &'a Graph, linear: &'a Linear) -> impl Iterator<Item = &'a Tensor> {

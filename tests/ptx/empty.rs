@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use tilert_mk::driver::Device;
-use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Request, Weights};
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, Request};
 use tilert_mk_model::lower::EmptyShape;
 
 use crate::{run_clean, shipped};
@@ -32,10 +32,7 @@ fn empty_stages_end_and_sample_as_on_the_cpu() {
     // More than the lanes look at together, too.
     for [stage_count, stage_tasks] in [[0, 0], [3, 1], [3, 2], [3, 3], [3, 260]] {
         let shape = EmptyShape::new(stage_count, stage_tasks);
-        let expected = tokens(
-            DeviceKind::Cpu.open(1, Weights::Native, false).expect("the CPU is there"),
-            shape,
-        );
+        let expected = tokens(DeviceKind::Cpu.open(1, false).expect("the CPU is there"), shape);
         for capability in [80, 90] {
             let what = format!("{shape:?}, sm_{capability}");
             let found = run_clean(&what, shipped(capability, 2, 7), |device| tokens(device, shape));

@@ -1,7 +1,7 @@
 //! Models of all shapes that the kernel tells apart, beside the CPU's.
 
 use tilert_mk::driver::Device;
-use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource, Weights};
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
 
 use crate::{answer, run_clean, shipped};
 
@@ -50,13 +50,8 @@ pub(crate) fn logits(
 
 /// Compares the kernel with the CPU; its bits are the same in all widths and with all workers.
 fn check(heads: Heads, rows: Rows, len: u32, runs: &[(u32, u32, u32)]) {
-    let expected = logits(
-        DeviceKind::Cpu.open(1, Weights::Native, false).expect("the CPU is there"),
-        heads,
-        rows,
-        8,
-        len,
-    );
+    let expected =
+        logits(DeviceKind::Cpu.open(1, false).expect("the CPU is there"), heads, rows, 8, len);
     let mut first: [Option<Vec<Vec<f32>>>; 2] = [None, None];
     for (capability, workers, width) in runs {
         let what =

@@ -2,13 +2,15 @@
 
 mod edit;
 mod empty;
-mod fp8;
+#[path = "../common/fp8_files.rs"]
+mod fp8_files;
 mod golden;
 mod heads;
 mod peers;
 mod planted;
 #[path = "../common/ptx_device.rs"]
 mod ptx_device;
+mod quantised;
 mod seeds;
 
 use std::ops::ControlFlow;

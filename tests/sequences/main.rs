@@ -2,6 +2,8 @@
 
 mod company;
 mod fp8;
+#[path = "../common/fp8_files.rs"]
+mod fp8_files;
 mod play;
 mod quantised;
 mod sampling;

@@ -38,7 +38,7 @@ pub(crate) fn open_with(
         weights,
         ..EngineOptions::default()
     };
-    let device = DeviceKind::Cpu.open(1, Weights::Native, false).expect("the CPU is there");
+    let device = DeviceKind::Cpu.open(1, false).expect("the CPU is there");
     Engine::open(ModelSource::Directory(path), device, &options, &mut |_, _| {})
         .expect("the checkpoint can be opened")
 }

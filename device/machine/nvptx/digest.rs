@@ -1,7 +1,7 @@
 //! What the loading warp works out of a task's record for the computing warps.
 
 use tilert_mk_shared::packed::Packing;
-use tilert_mk_shared::task::LinearArgs;
+use tilert_mk_shared::task::{LinearArgs, WeightFormat};
 
 use super::inputs::is_narrow;
 use super::loader::RECORD_BYTES;
@@ -9,6 +9,28 @@ use super::memory::{load_shared_words, store_shared};
 
 /// Offset of the digest in a task slot.
 const DIGEST: u32 = RECORD_BYTES + 16;
+
+/// Whether a linear task's weights are packed: other formats than these are none of this PTX.
+#[inline(always)]
+pub fn is_packed(args: &LinearArgs) -> bool {
+    if cfg!(tilert_integers) {
+        matches!(args.format, WeightFormat::Q8 | WeightFormat::Q4)
+    } else {
+        matches!(args.format, WeightFormat::Bf16 | WeightFormat::Fp8)
+    }
+}
+
+/// How the weights of a task are that `is_packed`.
+#[inline(always)]
+pub fn packing(args: &LinearArgs) -> Packing {
+    let format = match args.format {
+        WeightFormat::Q4 if cfg!(tilert_integers) => WeightFormat::Q4,
+        _ if cfg!(tilert_integers) => WeightFormat::Q8,
+        WeightFormat::Fp8 => WeightFormat::Fp8,
+        _ => WeightFormat::Bf16,
+    };
+    Packing::new(args.row_count(), args.in_dim, format)
+}
 
 /// What the computing warps would work out of a task's record, each of them, in every task.
 #[derive(Clone, Copy, Default)]
@@ -27,7 +49,7 @@ impl Digest {
     /// Of a task with packed weights.
     #[inline(always)]
     pub fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
-        let packing = Packing::new(args.row_count(), args.in_dim, args.format);
+        let packing = packing(args);
         let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
         Digest {
             narrow_rows_max: fits(1) + fits(2),

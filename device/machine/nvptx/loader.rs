@@ -7,7 +7,6 @@
 //! ever. It leaves when the computing warps say so, after its last copy is complete, since a copy
 //! must not outlive the block that owns its target.
 
-use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, TokenRows};
 use tilert_mk_shared::tile::{
     CHUNK_COLUMNS, COMPUTE_WARPS, EMPTY_BARRIERS, FULL_BARRIERS, NOTICE_WORD, STAGE_WORD, STEP,
@@ -16,7 +15,7 @@ use tilert_mk_shared::tile::{
 };
 
 use super::block::Block;
-use super::digest::Digest;
+use super::digest::{self, Digest};
 use super::feed::{Fed, Feed, NO_TASK};
 use super::memory::{load_shared_word, store_shared_pair, store_shared_word};
 use super::record::record;
@@ -79,7 +78,7 @@ pub fn load(worker: &Worker<Block>) {
         let task = record(slot);
         let is_linear = fed.task_idx != NO_TASK && task.opcode == Opcode::Linear as u16;
         let args = LinearArgs::unpack(&task);
-        let is_packed = is_linear && Packing::is_for(args.format);
+        let is_packed = is_linear && digest::is_packed(&args);
         if lane == 0 {
             let digest = if is_packed {
                 Digest::new(&args, worker.header().input_bytes)
@@ -223,7 +222,7 @@ struct Weights {
 /// The packed weights of a task.
 #[inline(always)]
 fn packed(args: &LinearArgs) -> Weights {
-    let packing = Packing::new(args.row_count(), args.in_dim, args.format);
+    let packing = digest::packing(args);
     let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes());
     Weights { from: args.segments[0].weights, bytes, page_bytes }
 }

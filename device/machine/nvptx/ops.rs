@@ -1,7 +1,8 @@
 //! The ops as functions of their own.
 //!
-//! Those for E4M3 weights are in PTX of its own (`--cfg tilert_fp8`), or in that for several devices: more code makes
-//! the others slower, also where it is not run.
+//! Those for weights in E4M3 are in PTX of its own (`--cfg tilert_fp8`), or in that for several devices; those for
+//! integers are in another (`--cfg tilert_integers`), without any for other weights. More code makes the others slower, also
+//! where it is not run.
 //!
 //! Were they part of the loop, the compiler would keep what is the same in every turn of every op in
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
@@ -48,24 +49,7 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
         Opcode::Empty => call!(empty, slot),
         Opcode::Admit => call!(admit, slot),
         Opcode::Embed => call!(embed, slot),
-        Opcode::Linear => {
-            let args = LinearArgs::unpack(&record(slot));
-            match args.format {
-                WeightFormat::F32 => call!(linear_f32, slot),
-                WeightFormat::F16 => call!(linear_f16, slot),
-                WeightFormat::Bf16 if !has_few_rows(&args, slot) => call!(linear_bf16_wide, slot),
-                WeightFormat::Bf16 if args.leaves_best() => call!(head_bf16, slot),
-                WeightFormat::Bf16 => call!(linear_bf16, slot),
-                #[cfg(tilert_fp8)]
-                WeightFormat::Fp8 if !has_few_rows(&args, slot) => call!(linear_fp8_wide, slot),
-                #[cfg(tilert_fp8)]
-                WeightFormat::Fp8 if args.leaves_best() => call!(head_fp8, slot),
-                #[cfg(tilert_fp8)]
-                WeightFormat::Fp8 => call!(linear_fp8, slot),
-                // The host does not make such programs for this PTX.
-                _ => sreg::trap(),
-            }
-        }
+        Opcode::Linear => run_linear(&LinearArgs::unpack(&record(slot)), slot),
         Opcode::Attention => match (Heads::of(&worker.header().dims), has_many_splits(worker)) {
             (Heads::Short, false) => call!(attention_short, slot),
             (Heads::Pairs, false) => call!(attention_pairs, slot),
@@ -79,6 +63,40 @@ pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
         Opcode::Sample => call!(sample, slot),
     }
     if compute::has_stopped() { Err(Stopped) } else { Ok(()) }
+}
+
+/// Runs the op of a linear task.
+#[cfg(not(tilert_integers))]
+#[inline(always)]
+fn run_linear(args: &LinearArgs, slot: u32) {
+    match args.format {
+        WeightFormat::F32 => call!(linear_f32, slot),
+        WeightFormat::F16 => call!(linear_f16, slot),
+        WeightFormat::Bf16 if !has_few_rows(args, slot) => call!(linear_bf16_wide, slot),
+        WeightFormat::Bf16 if args.leaves_best() => call!(head_bf16, slot),
+        WeightFormat::Bf16 => call!(linear_bf16, slot),
+        #[cfg(tilert_fp8)]
+        WeightFormat::Fp8 if !has_few_rows(args, slot) => call!(linear_fp8_wide, slot),
+        #[cfg(tilert_fp8)]
+        WeightFormat::Fp8 if args.leaves_best() => call!(head_fp8, slot),
+        #[cfg(tilert_fp8)]
+        WeightFormat::Fp8 => call!(linear_fp8, slot),
+        // The host does not make such programs for this PTX.
+        _ => sreg::trap(),
+    }
+}
+
+/// The same of a program whose matrices are all integers.
+#[cfg(tilert_integers)]
+#[inline(always)]
+fn run_linear(args: &LinearArgs, slot: u32) {
+    match args.format {
+        WeightFormat::Q8 if !has_few_rows(args, slot) => call!(linear_q8_wide, slot),
+        WeightFormat::Q8 => call!(linear_q8, slot),
+        WeightFormat::Q4 if !has_few_rows(args, slot) => call!(linear_q4_wide, slot),
+        WeightFormat::Q4 => call!(linear_q4, slot),
+        _ => sreg::trap(),
+    }
 }
 
 /// Whether attention merges splits of any token of the step. That is in functions of its own: code that is
@@ -108,6 +126,14 @@ fn is_alike(next: &Next, kind: Kind) -> bool {
         & (args.format == kind.format)
         & (args.leaves_best() == kind.leaves_best)
         & (rows <= next.digest.narrow_rows_max)
+}
+
+/// The same of an op that takes tasks whether they leave the best of their results or not.
+#[cfg(tilert_integers)]
+#[inline(always)]
+fn is_integer_alike(next: &Next, format: WeightFormat) -> bool {
+    is_alike(next, Kind::linear(format, true, false))
+        | is_alike(next, Kind::linear(format, true, true))
 }
 
 /// Whether a task is an empty one that waits for values.
@@ -178,7 +204,9 @@ macro_rules! ops {
     };
 }
 
+#[cfg(not(tilert_integers))]
 const LINEAR: Kind = Kind::linear(WeightFormat::Bf16, true, false);
+#[cfg(not(tilert_integers))]
 const HEAD: Kind = Kind::linear(WeightFormat::Bf16, true, true);
 #[cfg(tilert_fp8)]
 const LINEAR_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, false);
@@ -188,10 +216,15 @@ const HEAD_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, true);
 ops!(empty, Empty, Kind::NONE, is_passing_on);
 op!(admit, Admit, Kind::NONE);
 op!(embed, Embed, Kind::NONE);
+#[cfg(not(tilert_integers))]
 op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false, true));
+#[cfg(not(tilert_integers))]
 op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
+#[cfg(not(tilert_integers))]
 ops!(linear_bf16, Linear, LINEAR, |next| is_alike(next, LINEAR));
+#[cfg(not(tilert_integers))]
 ops!(head_bf16, Linear, HEAD, |next| is_alike(next, HEAD));
+#[cfg(not(tilert_integers))]
 op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
 #[cfg(tilert_fp8)]
 ops!(linear_fp8, Linear, LINEAR_FP8, |next| is_alike(next, LINEAR_FP8));
@@ -199,6 +232,19 @@ ops!(linear_fp8, Linear, LINEAR_FP8, |next| is_alike(next, LINEAR_FP8));
 ops!(head_fp8, Linear, HEAD_FP8, |next| is_alike(next, HEAD_FP8));
 #[cfg(tilert_fp8)]
 op!(linear_fp8_wide, Linear, Kind::linear(WeightFormat::Fp8, false, true));
+// Head tasks and others share an op: two would be more code.
+#[cfg(tilert_integers)]
+ops!(linear_q8, Linear, Kind::linear(WeightFormat::Q8, true, true), |next| {
+    is_integer_alike(next, WeightFormat::Q8)
+});
+#[cfg(tilert_integers)]
+op!(linear_q8_wide, Linear, Kind::linear(WeightFormat::Q8, false, true));
+#[cfg(tilert_integers)]
+ops!(linear_q4, Linear, Kind::linear(WeightFormat::Q4, true, true), |next| {
+    is_integer_alike(next, WeightFormat::Q4)
+});
+#[cfg(tilert_integers)]
+op!(linear_q4_wide, Linear, Kind::linear(WeightFormat::Q4, false, true));
 op!(attention_short, Attention, Kind::attention(Heads::Short, false));
 op!(attention_pairs, Attention, Kind::attention(Heads::Pairs, false));
 op!(attention, Attention, Kind::attention(Heads::Middle, false));

@@ -1,4 +1,4 @@
-//! Products with bf16 and E4M3 weights on tensor cores, for all widths of a step.
+//! Products with bf16 weights, and with codes that become bf16, on tensor cores, for all widths of a step.
 //!
 //! Weights come packed as `shared/packed.rs` describes: a warp multiplies its unit of 32 columns of
 //! each block with all rows of the task, so inputs are read once for up to four groups of rows, and a
@@ -16,7 +16,11 @@ use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COL
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
-use self::weights::{Bf16, Fp8, Places, Weights};
+use self::weights::{Bf16, Places, Weights};
+#[cfg(tilert_fp8)]
+use self::weights::{E4m3, Scaled};
+#[cfg(tilert_integers)]
+use self::weights::{Q4, Q8, Scaled};
 use super::barrier::sync_warp;
 use super::block::Block;
 use super::digest::Digest;
@@ -54,10 +58,15 @@ struct Lane {
 /// Leaves the partial products of all rows, one for each warp, in the area of partials.
 #[inline(always)]
 pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
-    if block.kind.format == WeightFormat::Fp8 {
-        multiply_by::<Fp8>(block, task, x, count);
-    } else {
-        multiply_by::<Bf16>(block, task, x, count);
+    // A format that this PTX has no ops for would be compiled for each of them, and then left out.
+    match block.kind.format {
+        #[cfg(tilert_fp8)]
+        WeightFormat::Fp8 => multiply_by::<Scaled<E4m3>>(block, task, x, count),
+        #[cfg(tilert_integers)]
+        WeightFormat::Q8 => multiply_by::<Scaled<Q8>>(block, task, x, count),
+        #[cfg(tilert_integers)]
+        WeightFormat::Q4 => multiply_by::<Scaled<Q4>>(block, task, x, count),
+        _ => multiply_by::<Bf16>(block, task, x, count),
     }
 }
 
@@ -227,8 +236,7 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
                 *far = take_far(lane, shape, first + AHEAD as u32 * BLOCK_COLUMNS);
                 if first + lane.warp_column < shape.in_dim {
                     let weights = take_groups::<W, G, HALF>(lane, &next);
-                    let products = W::multiply::<G, 3, HALF>(&mut sums, &inputs, &weights);
-                    W::settle(&mut sums, &products);
+                    W::add::<G, 3, HALF>(&mut sums, &inputs, &weights);
                 }
                 if next.advance(block, shape) {
                     block.pages.release(block.warp_lane());
@@ -307,8 +315,7 @@ fn add_last<W: Weights, const G: usize, const TILES: usize, const HALF: bool>(
         let is_inside = next.first + lane.column < shape.in_dim;
         let inputs = if is_inside { take_inputs(lane, next.first) } else { [[0; 4]; TILES] };
         let weights = take_groups::<W, G, HALF>(lane, next);
-        let products = W::multiply::<G, TILES, HALF>(sums, &inputs, &weights);
-        W::settle(sums, &products);
+        W::add::<G, TILES, HALF>(sums, &inputs, &weights);
     }
 }
 

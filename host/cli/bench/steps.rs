@@ -70,8 +70,7 @@ pub(super) fn run(args: &StepsArgs) -> Result<()> {
     let most = |list: &[u32]| list.iter().copied().max().unwrap_or(1);
     let (context, width) = (most(&args.context), most(&args.width));
     // While one prompt is read the sequences before it go on by a token in each step.
-    let step_tokens =
-        args.model.device.open(1, args.model.weights, false)?.profile().step_tokens_max;
+    let step_tokens = args.model.device.open(1, false)?.profile().step_tokens_max;
     let ahead =
         (width - 1).saturating_mul(context) / (step_tokens + 1).saturating_sub(width).max(1);
     let needed = context.saturating_add(ahead).saturating_add(width + args.tokens + 1);

@@ -3,7 +3,7 @@
 use super::Gpu;
 use crate::error::{Error, Result};
 
-/// Environment variable that names PTX to use instead of the embedded one.
+/// Environment variable that names a file of PTX, or of what an assembler made of it, to use instead of the embedded PTX.
 pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 
 /// What PTX is for. Each has no more code than it needs: code makes a kernel slower, also where it is not run.
@@ -11,9 +11,11 @@ pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 pub enum Purpose {
     /// One GPU.
     Single,
-    /// One GPU with weights in FP8.
+    /// One GPU with weights in FP8, or in FP8 and others.
     Fp8,
-    /// Several GPUs that run a program together, with weights in any format that a GPU has.
+    /// One GPU with weights in integers of 8 or 4 bits.
+    Integers,
+    /// Several GPUs that run a program together, with weights in any format but integers.
     Peers,
 }
 
@@ -34,19 +36,28 @@ impl Kernel {
         let suffix = match self.purpose {
             Purpose::Single => "",
             Purpose::Fp8 => "_fp8",
+            Purpose::Integers => "_integers",
             Purpose::Peers => "_peers",
         };
         format!("sm_{}{suffix}", self.capability)
     }
 }
 
+/// The text of an embedded file.
+macro_rules! ptx {
+    ($name:literal) => {
+        include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_", $name, ".ptx"))
+    };
+}
+
 /// The embedded PTX, best first; a build without the device toolchain has none.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
     [
-        (90, Purpose::Single, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90.ptx"))),
-        (80, Purpose::Single, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_80.ptx"))),
-        (90, Purpose::Fp8, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90_fp8.ptx"))),
-        (90, Purpose::Peers, include_str!(concat!(env!("OUT_DIR"), "/tilert_mk_sm_90_peers.ptx"))),
+        (90, Purpose::Single, ptx!("sm_90")),
+        (80, Purpose::Single, ptx!("sm_80")),
+        (90, Purpose::Fp8, ptx!("sm_90_fp8")),
+        (90, Purpose::Integers, ptx!("sm_90_integers")),
+        (90, Purpose::Peers, ptx!("sm_90_peers")),
     ]
     .into_iter()
     .map(|(capability, purpose, text)| Kernel { capability, purpose, text })
@@ -58,22 +69,30 @@ pub fn fitting_kernel(capability: u32, purpose: Purpose) -> Option<Kernel> {
     kernels().find(|kernel| kernel.capability <= capability && kernel.purpose == purpose)
 }
 
-/// The PTX for a purpose on a GPU: that of the file which `TILERT_MK_KERNEL` names, or the
-/// best embedded one.
+/// What the driver loads for a purpose on a GPU, with a NUL at its end: the file which `TILERT_MK_KERNEL` names,
+/// or the best embedded PTX.
 ///
 /// Errors: a file that cannot be read; a build without the kernel; a GPU that is too old.
-pub(super) fn kernel_text(gpu: &Gpu, purpose: Purpose) -> Result<String> {
-    if let Some(path) = std::env::var_os(KERNEL_VARIABLE) {
-        return std::fs::read_to_string(&path).map_err(|error| Error::file(path, error));
-    }
-    let kernel = fitting_kernel(gpu.capability, purpose);
-    kernel.map(|kernel| kernel.text.to_owned()).ok_or_else(|| {
+pub(super) fn image(gpu: &Gpu, purpose: Purpose) -> Result<Vec<u8>> {
+    let mut image = match std::env::var_os(KERNEL_VARIABLE) {
+        Some(path) => std::fs::read(&path).map_err(|error| Error::file(path, error))?,
+        None => embedded(gpu, purpose)?.text.into(),
+    };
+    // Text ends with it; of other images the driver reads as much as their headers say.
+    image.push(0);
+    Ok(image)
+}
+
+fn embedded(gpu: &Gpu, purpose: Purpose) -> Result<Kernel> {
+    fitting_kernel(gpu.capability, purpose).ok_or_else(|| {
         let message = if kernels().next().is_none() {
             "this build has no GPU kernel: it was built without the device toolchain (README)"
         } else {
             match purpose {
                 Purpose::Single => "the GPU is too old: compute capability 8.0 is needed",
-                Purpose::Fp8 => "the GPU is too old: --weights fp8 needs compute capability 9.0",
+                Purpose::Fp8 | Purpose::Integers => {
+                    "the GPU is too old: quantised weights need compute capability 9.0; use --device cpu"
+                }
                 Purpose::Peers => {
                     "the GPU is too old: several together need compute capability 9.0"
                 }

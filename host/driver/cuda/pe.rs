@@ -1,6 +1,6 @@
 //! One GPU of a program: its context, memory and kernel.
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::result::{self, DriverError, device, primary_ctx, stream};
@@ -8,25 +8,22 @@ use cudarc::driver::sys;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{BLOCK_THREADS, SharedPlan};
 
-use super::kernels::{Purpose, kernel_text};
+use super::module::{Loaded, Target};
 use super::{Gpu, wrap};
 use crate::driver::survey::reaches;
 use crate::error::{Error, Result};
 
-/// Name of the kernel in the embedded PTX.
-const ENTRY: &str = "tilert_mk";
 /// Bytes of one upload: the driver stages pageable memory in pieces of about this size.
 const UPLOAD_BYTES: usize = 64 << 20;
 /// How long a kernel that has been told to stop may take.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 
-/// One GPU, with the kernel loaded.
+/// One GPU.
 pub(super) struct Pe {
     pub(super) gpu: Gpu,
     context: sys::CUcontext,
     device: sys::CUdevice,
-    module: sys::CUmodule,
-    kernel: sys::CUfunction,
+    loaded: Option<Loaded>,
     kernel_stream: sys::CUstream,
     copy_stream: sys::CUstream,
     memory: Vec<sys::CUdeviceptr>,
@@ -34,11 +31,10 @@ pub(super) struct Pe {
 }
 
 impl Pe {
-    /// Opens a GPU and loads the kernel for a purpose.
+    /// Opens a GPU.
     ///
-    /// Errors: a GPU that is too old or has too little shared memory, a build without the kernel.
-    pub(super) fn open(gpu: Gpu, purpose: Purpose) -> Result<Pe> {
-        let text = kernel_text(&gpu, purpose)?;
+    /// Errors: a GPU that has too little shared memory; what the driver says.
+    pub(super) fn open(gpu: Gpu) -> Result<Pe> {
         if SharedPlan::new(gpu.shared_bytes, 0).is_none() {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));
@@ -48,18 +44,6 @@ impl Pe {
         let context = unsafe { primary_ctx::retain(device) }.map_err(wrap("opening a GPU"))?;
         // SAFETY: the context just made.
         unsafe { result::ctx::set_current(context) }.map_err(wrap("opening a GPU"))?;
-        let image = CString::new(text).map_err(|_| Error::Device("a NUL in the PTX".into()))?;
-        // SAFETY: PTX text that ends with a NUL.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-            .map_err(wrap("loading the kernel (is the driver older than CUDA 12?)"))?;
-        let entry = CString::new(ENTRY).map_err(|_| Error::Device("a NUL in a name".into()))?;
-        // SAFETY: the module just loaded.
-        let kernel = unsafe { result::module::get_function(module, entry) }
-            .map_err(wrap("finding the kernel"))?;
-        let limit = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function just found.
-        unsafe { result::function::set_function_attribute(kernel, limit, gpu.shared_bytes as i32) }
-            .map_err(wrap("reserving shared memory"))?;
         let new_stream =
             || stream::create(stream::StreamKind::NonBlocking).map_err(wrap("making a stream"));
         let (kernel_stream, copy_stream) = (new_stream()?, new_stream()?);
@@ -67,13 +51,22 @@ impl Pe {
             gpu,
             context,
             device,
-            module,
-            kernel,
+            loaded: None,
             kernel_stream,
             copy_stream,
             memory: Vec::new(),
             is_launched: false,
         })
+    }
+
+    /// Where its kernel is to be loaded.
+    pub(super) fn target(&self) -> Target {
+        Target { gpu: self.gpu.clone(), context: self.context }
+    }
+
+    /// Takes its kernel.
+    pub(super) fn take(&mut self, loaded: Loaded) {
+        self.loaded = Some(loaded);
     }
 
     /// Maps the memory of `other`, what it has and what it is going to have.
@@ -143,6 +136,9 @@ impl Pe {
     }
 
     pub(super) fn launch(&mut self, header: &ProgramHeader) -> Result<()> {
+        let Some(Loaded { kernel, .. }) = self.loaded else {
+            return Err(Error::Device("the kernel is not loaded".into()));
+        };
         self.make_current()?;
         let mut header = *header;
         let mut arguments = [(&raw mut header).cast::<c_void>()];
@@ -156,7 +152,7 @@ impl Pe {
         };
         // SAFETY: the kernel takes one header; the engine keeps all memory until `join`.
         let launched =
-            unsafe { launch(self.kernel, grid, block, bytes, self.kernel_stream, &mut arguments) };
+            unsafe { launch(kernel, grid, block, bytes, self.kernel_stream, &mut arguments) };
         launched.map_err(wrap("launching the kernel"))?;
         self.is_launched = true;
         Ok(())
@@ -205,7 +201,9 @@ impl Drop for Pe {
         unsafe {
             let _ = stream::destroy(self.kernel_stream);
             let _ = stream::destroy(self.copy_stream);
-            let _ = result::module::unload(self.module);
+            if let Some(Loaded { module, .. }) = self.loaded.take() {
+                let _ = result::module::unload(module);
+            }
             let _ = primary_ctx::release(self.device);
         }
     }

@@ -1,8 +1,9 @@
-//! Bf16 and E4M3 weights in the order in which a GPU multiplies them (`shared/packed.rs`).
+//! Weights in the order in which a GPU multiplies them (`shared/packed.rs`).
 
-use tilert_mk_model::strips::StoredRows;
-use tilert_mk_shared::blocks::FP8_BLOCK;
-use tilert_mk_shared::packed::{Packing, spread_code};
+use tilert_mk_model::strips::{StoredRows, integer_row};
+use tilert_mk_shared::blocks::{FP8_BLOCK, Q_COLUMNS};
+use tilert_mk_shared::packed::{Packing, nibble, spread_e4m3, spread_q8};
+use tilert_mk_shared::task::WeightFormat;
 
 /// Columns that stay together.
 const QUAD: usize = 4;
@@ -17,11 +18,14 @@ pub(super) fn pack(
     segments: &[StoredRows<'_>],
     out: &mut [u8],
 ) -> Result<(), usize> {
-    if packing.is_fp8 {
-        return pack_fp8(packing, segments, out);
+    match packing.format {
+        WeightFormat::Fp8 => pack_fp8(packing, segments, out),
+        WeightFormat::Q8 | WeightFormat::Q4 => pack_integers(packing, segments, out),
+        _ => {
+            pack_bf16(packing, segments, out);
+            Ok(())
+        }
     }
-    pack_bf16(packing, segments, out);
-    Ok(())
 }
 
 fn pack_bf16(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) {
@@ -45,10 +49,7 @@ fn pack_fp8(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> R
         for idx in 0..row_count {
             let (scales, is_finite) = segment.fp8_row(idx, in_dim, |column, code| {
                 let (place, is_second) = packing.code_place(row, column as u32);
-                let bytes = spread_code(code, is_second).to_le_bytes();
-                for (out, byte) in out[place as usize..].iter_mut().zip(bytes) {
-                    *out |= byte;
-                }
+                add(out, place, spread_e4m3(code, is_second));
             });
             if !is_finite {
                 return Err(segment_idx);
@@ -63,11 +64,50 @@ fn pack_fp8(packing: &Packing, segments: &[StoredRows<'_>], out: &mut [u8]) -> R
     Ok(())
 }
 
+fn pack_integers(
+    packing: &Packing,
+    segments: &[StoredRows<'_>],
+    out: &mut [u8],
+) -> Result<(), usize> {
+    let mut row = 0;
+    for (segment_idx, segment) in segments.iter().enumerate() {
+        let row_bytes = packing.in_dim as usize * segment.dtype.byte_count() as usize;
+        for values in segment.values.chunks_exact(row_bytes) {
+            let is_finite =
+                integer_row(packing.format, segment.dtype, values, |idx, codes, scale| {
+                    let first = (idx * Q_COLUMNS) as u32;
+                    for (column, code) in (first..).zip(codes) {
+                        if packing.format == WeightFormat::Q4 {
+                            let (place, shift) = packing.nibble_place(row, column);
+                            out[place as usize] |= nibble(*code) << shift;
+                        } else {
+                            let (place, is_second) = packing.code_place(row, column);
+                            add(out, place, spread_q8(*code, is_second));
+                        }
+                    }
+                    let place = packing.scale_place(row, first) as usize;
+                    out[place..place + 2].copy_from_slice(&scale.to_le_bytes());
+                });
+            if !is_finite {
+                return Err(segment_idx);
+            }
+            row += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Puts bits beside those that are in two bytes.
+fn add(out: &mut [u8], place: u32, bits: u16) {
+    for (out, byte) in out[place as usize..].iter_mut().zip(bits.to_le_bytes()) {
+        *out |= byte;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use tilert_mk_model::weights::Dtype;
-    use tilert_mk_shared::task::WeightFormat;
 
     #[test]
     fn packed_rows_are_where_the_packing_says() {

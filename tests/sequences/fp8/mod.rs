@@ -78,7 +78,7 @@ fn engine(path: &Path, load: LoadMode) -> Engine {
         load,
         ..EngineOptions::default()
     };
-    let device = DeviceKind::Cpu.open(1, Weights::Native, false).expect("the CPU is there");
+    let device = DeviceKind::Cpu.open(1, false).expect("the CPU is there");
     Engine::open(ModelSource::Directory(path), device, &options, &mut |_, _| {}).expect("it opens")
 }
 

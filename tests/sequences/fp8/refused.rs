@@ -16,7 +16,7 @@ const TABLE: &str = "model.embed_tokens.weight";
 
 fn error_of(path: &Path, weights: Weights) -> Error {
     let options = EngineOptions { workers: Some(2), weights, ..EngineOptions::default() };
-    let device = DeviceKind::Cpu.open(1, Weights::Native, false).expect("the CPU is there");
+    let device = DeviceKind::Cpu.open(1, false).expect("the CPU is there");
     let opened = Engine::open(ModelSource::Directory(path), device, &options, &mut |_, _| {});
     opened.err().expect("an error")
 }

@@ -18,7 +18,7 @@ use super::plot::Chart;
 use super::report::{Figures, ReportArgs};
 use super::table;
 use crate::cli::{device_count, worker_count};
-use crate::engine::{DeviceKind, Engine, EngineOptions, Request, Weights};
+use crate::engine::{DeviceKind, Engine, EngineOptions, Request};
 use crate::error::{Error, Result};
 use crate::metrics::{format_us, intervals_ns};
 
@@ -152,7 +152,7 @@ impl Bench<'_> {
         vocab_size: u32,
     ) -> Result<Engine> {
         let args = self.args;
-        let device = args.device.open(args.devices, Weights::Native, args.busy_poll)?;
+        let device = args.device.open(args.devices, args.busy_poll)?;
         let options =
             EngineOptions { workers, step_tokens: STEP_TOKENS, ..EngineOptions::default() };
         Engine::open_empty(device, &options, &shape, vocab_size)
