@@ -115,10 +115,9 @@ impl Packing {
     /// Bytes of a row in a unit.
     const fn row_bytes(&self) -> u32 {
         match self.format {
-            WeightFormat::Fp8 => UNIT_COLUMNS,
             WeightFormat::Q8 => Q8_ROW_BYTES,
             WeightFormat::Q4 => Q4_ROW_BYTES,
-            _ => UNIT_COLUMNS * BF16_BYTES,
+            format => UNIT_COLUMNS * format.value_bytes() as u32,
         }
     }
 

@@ -279,3 +279,25 @@ impl Drop for CudaDevice {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_has_the_kernel_that_its_formats_need() {
+        use WeightFormat::{Bf16, F32, Fp8, Q4, Q8};
+        let of = |count, formats: &[_]| purpose(count, formats).ok();
+        for (formats, expected) in [
+            (vec![], Purpose::Single),
+            (vec![F32, Bf16], Purpose::Single),
+            (vec![Bf16, Fp8], Purpose::Fp8),
+            (vec![Q8], Purpose::Integers),
+            (vec![Q4], Purpose::Integers),
+        ] {
+            assert_eq!(of(1, &formats), Some(expected), "{formats:?}");
+            let is_integer = expected == Purpose::Integers;
+            assert_eq!(of(2, &formats), (!is_integer).then_some(Purpose::Peers), "{formats:?}");
+        }
+    }
+}

@@ -23,12 +23,12 @@ pub fn is_packed(args: &LinearArgs) -> bool {
 /// How the weights of a task are that `is_packed`.
 #[inline(always)]
 pub fn packing(args: &LinearArgs) -> Packing {
-    let format = match args.format {
-        WeightFormat::Q4 if cfg!(tilert_integers) => WeightFormat::Q4,
-        _ if cfg!(tilert_integers) => WeightFormat::Q8,
-        WeightFormat::Fp8 => WeightFormat::Fp8,
-        _ => WeightFormat::Bf16,
+    let (one, other) = if cfg!(tilert_integers) {
+        (WeightFormat::Q4, WeightFormat::Q8)
+    } else {
+        (WeightFormat::Fp8, WeightFormat::Bf16)
     };
+    let format = if args.format == one { one } else { other };
     Packing::new(args.row_count(), args.in_dim, format)
 }
 

@@ -78,7 +78,7 @@ pub fn load(worker: &Worker<Block>) {
         let task = record(slot);
         let is_linear = fed.task_idx != NO_TASK && task.opcode == Opcode::Linear as u16;
         let args = LinearArgs::unpack(&task);
-        let is_packed = is_linear && digest::is_packed(&args);
+        let is_packed = is_linear & digest::is_packed(&args);
         if lane == 0 {
             let digest = if is_packed {
                 Digest::new(&args, worker.header().input_bytes)
