@@ -26,8 +26,9 @@ pub struct StoredRows<'a> {
 }
 
 impl StoredRows<'_> {
-    /// Gives the E4M3 codes of row `idx` with their columns to `put`: those that are stored, or those next to
-    /// what is. The scales of the row's blocks of `FP8_BLOCK` columns, and whether all are finite.
+    /// Gives the E4M3 codes of row `idx` with their columns to `put`: those that are stored, or
+    /// those next to what is. The scales of the row's blocks of `FP8_BLOCK` columns, and whether
+    /// all are finite.
     pub fn fp8_row(
         &self,
         idx: usize,
@@ -54,8 +55,8 @@ impl StoredRows<'_> {
     }
 }
 
-/// Gives the integers of a row of `Q8` or `Q4`, with the scale of each block of `Q_COLUMNS` columns, to `put`, which hears of
-/// the block's index; whether all scales are finite.
+/// Gives the integers of a row of `Q8` or `Q4`, with the scale of each block of `Q_COLUMNS`
+/// columns, to `put`, which hears of the block's index; whether all scales are finite.
 pub fn integer_row(
     format: WeightFormat,
     dtype: Dtype,

@@ -10,16 +10,17 @@
 //! `g`, the same two of row `g + 8`, the next two of row `g`, those of row `g + 8`. So a warp's loads
 //! are contiguous, and a lane's inputs are 8 adjacent columns.
 //!
-//! E4M3 weights take one byte: a lane's two fragments lie together, 16 bytes, or 8 for 8 rows. A half of a
-//! word has the codes of one column of rows `g` and `g + 8`, or of 8 rows, of row `g` and two columns, the
-//! second two further on. Their bits are spread (`spread_e4m3`) such that few instructions make bf16 of
-//! them. A block begins with its scales, `[2, rows] f32`: those of the first half of its columns, then those
-//! of the other.
+//! E4M3 weights take one byte: a lane's two fragments lie together, 16 bytes, or 8 for 8 rows. A
+//! half of a word has the codes of one column of rows `g` and `g + 8`, or of 8 rows, of row `g` and
+//! two columns, the second two further on. Their bits are spread (`spread_e4m3`) such that few
+//! instructions make bf16 of them. A block begins with its scales, `[2, rows] f32`: those of the
+//! first half of its columns, then those of the other.
 //!
-//! Integers of 8 bits lie likewise, spread by `spread_q8`. Those of 4 bits take half as many bytes: 4 for a lane's
-//! fragment, or for both if there are 8 rows. The low half of such a word has the first column of each of the fragment's
-//! pairs, four bits each, the high half the second. Each has 8 added to it. Of both, a unit ends with its scales, `[rows] f16`,
-//! for each group those of rows `g` and `g + 8` side by side.
+//! Integers of 8 bits lie likewise, spread by `spread_q8`. Those of 4 bits take half as many bytes:
+//! 4 for a lane's fragment, or for both if there are 8 rows. The low half of such a word has the
+//! first column of each of the fragment's pairs, four bits each, the high half the second. Each has
+//! 8 added to it. Of both, a unit ends with its scales, `[rows] f16`, for each group those of rows
+//! `g` and `g + 8` side by side.
 //!
 //! Whole blocks fill pages, as many as fit.
 
@@ -58,9 +59,9 @@ const UNIT_SCALE_BYTES: u32 = 2;
 
 const _: () = assert!(HALF_COLUMNS == FP8_BLOCK as u32 && UNIT_COLUMNS == Q_COLUMNS as u32);
 
-/// The bits of an E4M3 code in the two bytes that it shares with another. The first code has its sign, its
-/// exponent and its fraction where a bf16 has them; the second has its sign in bit 11, the upper bits of its
-/// exponent in bits 12 to 14, the rest in bits 0 to 3.
+/// The bits of an E4M3 code in the two bytes that it shares with another. The first code has its
+/// sign, its exponent and its fraction where a bf16 has them; the second has its sign in bit 11,
+/// the upper bits of its exponent in bits 12 to 14, the rest in bits 0 to 3.
 #[inline]
 pub const fn spread_e4m3(code: u8, is_second: bool) -> u16 {
     let code = code as u16;
@@ -71,8 +72,8 @@ pub const fn spread_e4m3(code: u8, is_second: bool) -> u16 {
     }
 }
 
-/// The bits of an integer from -127 to 127 in the two bytes that it shares with another: signs in bits 15 and 14, of
-/// the first and the second, magnitudes in bits 0 to 6 and 7 to 13.
+/// The bits of an integer from -127 to 127 in the two bytes that it shares with another: signs in
+/// bits 15 and 14, of the first and the second, magnitudes in bits 0 to 6 and 7 to 13.
 #[inline]
 pub const fn spread_q8(code: i8, is_second: bool) -> u16 {
     let (sign, magnitude) = ((code < 0) as u16, code.unsigned_abs() as u16 & 0x7f);
@@ -83,6 +84,17 @@ pub const fn spread_q8(code: i8, is_second: bool) -> u16 {
 #[inline]
 pub const fn nibble(code: i8) -> u8 {
     (code as i32 + Q4_OFFSET) as u8 & 15
+}
+
+/// A place among a lane's codes.
+struct Spot {
+    /// Offset of the unit.
+    unit: u32,
+    /// The lane.
+    lane: u32,
+    /// The fragment, and the pair of columns in it.
+    fragment: u32,
+    pair: u32,
 }
 
 /// How the weights of one task are packed.
@@ -207,14 +219,22 @@ impl Packing {
         self.ends_in_half() && group + 1 == self.group_count()
     }
 
-    /// Where the code of a row's column is, of E4M3 and integers of 8 bits: the offset of two bytes, and whether it is
-    /// their second.
+    /// Which of a lane's codes that of a group's row `row` and a column is.
+    const fn spot(&self, row: u32, column: u32) -> Spot {
+        Spot {
+            unit: self.unit(column),
+            lane: row % 8 * 4 + column % UNIT_COLUMNS / LANE_COLUMNS,
+            fragment: column / 4 % 2,
+            pair: column / 2 % 2,
+        }
+    }
+
+    /// Where the code of a row's column is, of E4M3 and integers of 8 bits: the offset of two
+    /// bytes, and whether it is their second.
     #[inline]
     pub const fn code_place(&self, row: u32, column: u32) -> (u32, bool) {
         let (group, row) = (row / GROUP_ROWS, row % GROUP_ROWS);
-        let (unit, column) = (self.unit(column), column % UNIT_COLUMNS);
-        let lane = row % 8 * 4 + column / LANE_COLUMNS;
-        let (fragment, pair) = (column / 4 % 2, column / 2 % 2);
+        let Spot { unit, lane, fragment, pair } = self.spot(row, column);
         let is_half = self.is_half(group);
         let group = unit + group * FRAGMENT_BYTES;
         if is_half {
@@ -225,13 +245,12 @@ impl Packing {
         }
     }
 
-    /// Where the code of a row's column is, of integers of 4 bits: the byte's offset, and the bits to shift it by.
+    /// Where the code of a row's column is, of integers of 4 bits: the byte's offset, and the bits
+    /// to shift it by.
     #[inline]
     pub const fn nibble_place(&self, row: u32, column: u32) -> (u32, u32) {
         let (group, row) = (row / GROUP_ROWS, row % GROUP_ROWS);
-        let (unit, column) = (self.unit(column), column % UNIT_COLUMNS);
-        let lane = row % 8 * 4 + column / LANE_COLUMNS;
-        let (fragment, pair) = (column / 4 % 2, column / 2 % 2);
+        let Spot { unit, lane, fragment, pair } = self.spot(row, column);
         let first = unit + group * (FRAGMENT_BYTES / 2);
         // A fragment has a word, and its pairs are rows and columns; or both have one.
         let (word, idx) = if self.is_half(group) {
@@ -242,8 +261,8 @@ impl Packing {
         (word + column % 2 * 2 + idx / 2, idx % 2 * 4)
     }
 
-    /// Where four adjacent columns of a row are, of bf16: the bytes' offsets of the first and of the last
-    /// two. `column` is a multiple of 4.
+    /// Where four adjacent columns of a row are, of bf16: the bytes' offsets of the first and of
+    /// the last two. `column` is a multiple of 4.
     #[inline]
     pub const fn place(&self, row: u32, column: u32) -> [u32; 2] {
         let (group, row) = (row / GROUP_ROWS, row % GROUP_ROWS);

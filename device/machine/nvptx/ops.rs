@@ -1,8 +1,8 @@
 //! The ops as functions of their own.
 //!
-//! Those for weights in E4M3 are in PTX of its own (`--cfg tilert_fp8`), or in that for several devices; those for
-//! integers are in another (`--cfg tilert_integers`), without any for other weights. More code makes the others slower, also
-//! where it is not run.
+//! Those for weights in E4M3 are in PTX of its own (`--cfg tilert_fp8`), or in that for several
+//! devices; those for integers are in another (`--cfg tilert_integers`), without any for other
+//! weights. More code makes the others slower, also where it is not run.
 //!
 //! Were they part of the loop, the compiler would keep what is the same in every turn of every op in
 //! registers, which are not enough, and local memory, which every acquire makes cold. A function gets
@@ -28,10 +28,11 @@ use crate::worker::{Claim, Progress, Stopped, Worker};
 
 /// Calls an op on a slot.
 ///
-/// On sm_90 the warp meets before, by an instruction whose text names the op. While one lane waits for the task's
-/// input, the assembler takes the warp's lanes for parted, until an `aligned` barrier, and spends two more
-/// instructions on each access of global memory. Were the barrier's text the same for all ops, the compiler would
-/// move it to before the choice of the op, where it says nothing about what follows.
+/// On sm_90 the warp meets before, by an instruction whose text names the op. While one lane waits
+/// for the task's input, the assembler takes the warp's lanes for parted, until an `aligned`
+/// barrier, and spends two more instructions on each access of global memory. Were the barrier's
+/// text the same for all ops, the compiler would move it to before the choice of the op, where it
+/// says nothing about what follows.
 macro_rules! call {
     ($op:ident, $slot:ident) => {{
         // Assemblers for older chips find too few registers with it.
@@ -99,8 +100,8 @@ fn run_linear(args: &LinearArgs, slot: u32) {
     }
 }
 
-/// Whether attention merges splits of any token of the step. That is in functions of its own: code that is
-/// passed by costs a short sequence what it costs to fetch instructions further on.
+/// Whether attention merges splits of any token of the step. That is in functions of its own: code
+/// that is passed by costs a short sequence what it costs to fetch instructions further on.
 #[inline(always)]
 fn has_many_splits(worker: &Worker<Block>) -> bool {
     let (shared, dims) = (shared_base(), &worker.header().dims);
@@ -182,8 +183,8 @@ macro_rules! op {
     };
 }
 
-/// The same for short tasks: goes on with those that follow and are alike, since a turn of the loop takes as
-/// long as a short task's product.
+/// The same for short tasks: goes on with those that follow and are alike, since a turn of the loop
+/// takes as long as a short task's product.
 macro_rules! ops {
     ($name:ident, $opcode:ident, $kind:expr, $is_alike:expr) => {
         #[inline(never)]

@@ -3,7 +3,8 @@
 use super::Gpu;
 use crate::error::{Error, Result};
 
-/// Environment variable that names a file of PTX, or of what an assembler made of it, to use instead of the embedded PTX.
+/// Environment variable that names a file to use instead of the embedded PTX: other PTX, or what an
+/// assembler has made of some.
 pub(crate) const KERNEL_VARIABLE: &str = "TILERT_MK_KERNEL";
 
 /// What PTX is for. Each has no more code than it needs: code makes a kernel slower, also where it is not run.
@@ -91,7 +92,8 @@ fn embedded(gpu: &Gpu, purpose: Purpose) -> Result<Kernel> {
             match purpose {
                 Purpose::Single => "the GPU is too old: compute capability 8.0 is needed",
                 Purpose::Fp8 | Purpose::Integers => {
-                    "the GPU is too old: quantised weights need compute capability 9.0; use --device cpu"
+                    "the GPU is too old: quantised weights need compute capability 9.0; use \
+                     --device cpu"
                 }
                 Purpose::Peers => {
                     "the GPU is too old: several together need compute capability 9.0"

@@ -1,5 +1,6 @@
-//! Loading the kernel onto the GPUs of a program, on a thread of its own: on its first start on a kind of GPU the
-//! driver assembles the PTX, which takes half a minute, and weights are read meanwhile.
+//! Loading the kernel onto the GPUs of a program, on a thread of its own: on its first start on a
+//! kind of GPU the driver assembles the PTX, which takes half a minute, and weights are read
+//! meanwhile.
 
 use std::ffi::CStr;
 use std::thread::JoinHandle;

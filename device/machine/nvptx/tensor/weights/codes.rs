@@ -23,16 +23,16 @@ pub(crate) trait Codes: Copy {
     /// The lane's codes at a shared address, of a group of 8 rows if `is_half`.
     fn take(address: u32, is_half: bool) -> Self;
 
-    /// What the products of the lane's two rows of group `idx` are multiplied with; `address` is that of the scale of
-    /// its first row in the first group.
+    /// What the products of the lane's two rows of group `idx` are multiplied with; `address` is
+    /// that of the scale of its first row in the first group.
     fn scales(address: u32, idx: u32, is_half: bool) -> [f32; 2];
 
     /// The two fragments in bf16.
     fn fragments(&self, is_half: bool) -> [[u32; 4]; 2];
 }
 
-/// A group's codes, and the scales of the lane's two rows. A unit's products are added up unscaled, from zero, then
-/// scaled: when the next ones are on their way, so that nobody waits for them.
+/// A group's codes, and the scales of the lane's two rows. A unit's products are added up unscaled,
+/// from zero, then scaled: when the next ones are on their way, so that nobody waits for them.
 #[derive(Clone, Copy)]
 pub(crate) struct Scaled<C> {
     codes: C,
@@ -132,8 +132,8 @@ pub(crate) fn take_words(address: u32, is_half: bool) -> [u32; 4] {
     }
 }
 
-/// Fragments of words with two codes in each half: the first and the second ones by functions of their own. Those of
-/// 8 rows have half as many codes.
+/// Fragments of words with two codes in each half: the first and the second ones by functions of
+/// their own. Those of 8 rows have half as many codes.
 #[inline(always)]
 pub(crate) fn spread_out(
     [a, b, c, d]: [u32; 4],

@@ -5,8 +5,8 @@ use tilert_mk_shared::packed::{HALF_COLUMNS, LANE_BYTES, UNIT_COLUMNS};
 use super::super::super::memory::load_shared_f32;
 use super::codes::{Codes, raised, spread_out, take_words};
 
-/// Two bf16 of 2^120. The exponents of E4M3 are smaller by as much. Its subnormal numbers are such of bf16 before: both lie
-/// in the range of the smallest exponent.
+/// Two bf16 of 2^120. The exponents of E4M3 are smaller by as much. Its subnormal numbers are such
+/// of bf16 before: both lie in the range of the smallest exponent.
 const POWER_120: u32 = 0x7b80_7b80;
 /// E4M3: four words, or two of 8 rows.
 #[derive(Clone, Copy)]

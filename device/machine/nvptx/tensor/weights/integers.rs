@@ -90,7 +90,8 @@ impl Codes for Q4 {
     }
 }
 
-/// The scales of the lane's rows in group `idx`, as a unit of integers ends with them: two of a word, or one of 8 rows.
+/// The scales of the lane's rows in group `idx`, as a unit of integers ends with them: two of a
+/// word, or one of 8 rows.
 #[inline(always)]
 fn take_halves(address: u32, idx: u32, is_half: bool) -> [f32; 2] {
     if is_half {
