@@ -55,7 +55,7 @@ const BF16_BYTES: u32 = 2;
 /// Bytes of a row's scales in a block of E4M3.
 const SCALE_BYTES: u32 = 8;
 /// Bytes of a row's scale in a unit of integers.
-const UNIT_SCALE_BYTES: u32 = 2;
+pub const UNIT_SCALE_BYTES: u32 = 2;
 
 const _: () = assert!(HALF_COLUMNS == FP8_BLOCK as u32 && UNIT_COLUMNS == Q_COLUMNS as u32);
 

@@ -140,7 +140,7 @@ impl CudaDevice {
         let mut pes = Vec::new();
         for gpu in found.into_iter().take(count.max(1) as usize) {
             // Before weights are looked at: another device may take the place of one without a kernel.
-            kernels::image(&gpu, purpose(count, &[])?)?;
+            kernels::check(&gpu, purpose(count, &[])?)?;
             pes.push(Pe::open(gpu)?);
         }
         let first = pes[0].gpu.clone();

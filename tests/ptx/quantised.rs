@@ -66,25 +66,26 @@ fn check(name: &str, path: &Path, weights: Weights) {
     }
 }
 
+/// The same for golden checkpoints, quantised when they are loaded.
+fn check_golden(names: [&str; 2], weights: Weights) {
+    for name in names {
+        check(name, &golden_folder(name), weights);
+    }
+}
+
 #[test]
 fn fp8_weights_give_the_logits_of_the_cpu_and_one_set_of_bits() {
-    for golden in ["qwen3/bf16", "llama/f32"] {
-        check(golden, &golden_folder(golden), Weights::Fp8);
-    }
+    check_golden(["qwen3/bf16", "llama/f32"], Weights::Fp8);
 }
 
 #[test]
 fn so_do_integers_of_8_bits() {
-    for golden in ["qwen3/bf16", "llama/f32"] {
-        check(golden, &golden_folder(golden), Weights::Q8);
-    }
+    check_golden(["qwen3/bf16", "llama/f32"], Weights::Q8);
 }
 
 #[test]
 fn so_do_integers_of_4_bits() {
-    for golden in ["qwen3/bf16", "smollm2/f32"] {
-        check(golden, &golden_folder(golden), Weights::Q4);
-    }
+    check_golden(["qwen3/bf16", "smollm2/f32"], Weights::Q4);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The PTX that this build embeds, and which of it a GPU runs.
 
+use std::fs::File;
+
 use super::Gpu;
 use crate::error::{Error, Result};
 
@@ -82,6 +84,16 @@ pub(super) fn image(gpu: &Gpu, purpose: Purpose) -> Result<Vec<u8>> {
     // Text ends with it; of other images the driver reads as much as their headers say.
     image.push(0);
     Ok(image)
+}
+
+/// Whether there is such an image, without reading it.
+///
+/// Errors: as `image`.
+pub(super) fn check(gpu: &Gpu, purpose: Purpose) -> Result<()> {
+    match std::env::var_os(KERNEL_VARIABLE) {
+        Some(path) => File::open(&path).map(drop).map_err(|error| Error::file(path, error)),
+        None => embedded(gpu, purpose).map(drop),
+    }
 }
 
 fn embedded(gpu: &Gpu, purpose: Purpose) -> Result<Kernel> {

@@ -47,10 +47,16 @@ pub(crate) trait Weights: Copy {
     const LANE_BYTES: u32;
 
     /// Bytes of a block's scales, before its units.
-    fn scale_bytes(unit_bytes: u32) -> u32;
+    #[inline(always)]
+    fn scale_bytes(_unit_bytes: u32) -> u32 {
+        0
+    }
 
-    /// Offset in a block of the scale of row `row` of the first group, for a warp; 0 if there are none.
-    fn scale_place(warp_idx: u32, row: u32, unit_bytes: u32) -> u32;
+    /// Offset in a block of the scale of row `row` of the first group, for a warp, if rows have scales.
+    #[inline(always)]
+    fn scale_place(_warp_idx: u32, _row: u32, _unit_bytes: u32) -> u32 {
+        0
+    }
 
     /// Those of group `idx` of the block at `address`, which has 8 rows if `is_half`.
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Self;
@@ -89,16 +95,6 @@ pub(crate) struct Bf16([[u32; 4]; 2]);
 
 impl Weights for Bf16 {
     const LANE_BYTES: u32 = LANE_BYTES;
-
-    #[inline(always)]
-    fn scale_bytes(_unit_bytes: u32) -> u32 {
-        0
-    }
-
-    #[inline(always)]
-    fn scale_place(_warp_idx: u32, _row: u32, _unit_bytes: u32) -> u32 {
-        0
-    }
 
     #[inline(always)]
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Bf16 {

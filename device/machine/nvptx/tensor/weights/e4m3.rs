@@ -8,6 +8,7 @@ use super::codes::{Codes, raised, spread_out, take_words};
 /// Two bf16 of 2^120. The exponents of E4M3 are smaller by as much. Its subnormal numbers are such
 /// of bf16 before: both lie in the range of the smallest exponent.
 const POWER_120: u32 = 0x7b80_7b80;
+
 /// E4M3: four words, or two of 8 rows.
 #[derive(Clone, Copy)]
 pub(crate) struct E4m3([u32; 4]);

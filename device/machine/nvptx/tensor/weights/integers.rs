@@ -1,7 +1,7 @@
 //! Integers of 8 and of 4 bits.
 
 use tilert_mk_shared::blocks::Q4_OFFSET;
-use tilert_mk_shared::packed::{LANE_BYTES, Q4_ROW_BYTES, Q8_ROW_BYTES, UNIT_COLUMNS};
+use tilert_mk_shared::packed::{LANE_BYTES, Q4_ROW_BYTES, Q8_ROW_BYTES, UNIT_SCALE_BYTES};
 use tilert_mk_shared::tile::WARP_LANES;
 
 use super::super::super::memory::{load_shared_pair, load_shared_word, widen_f16};
@@ -19,13 +19,8 @@ impl Codes for Q8 {
     const LANE_BYTES: u32 = LANE_BYTES;
 
     #[inline(always)]
-    fn scale_bytes(_unit_bytes: u32) -> u32 {
-        0
-    }
-
-    #[inline(always)]
     fn scale_place(warp_idx: u32, row: u32, unit_bytes: u32) -> u32 {
-        warp_idx * unit_bytes + unit_bytes / Q8_ROW_BYTES * UNIT_COLUMNS + row * 4
+        after_codes(Q8_ROW_BYTES, warp_idx, row, unit_bytes)
     }
 
     #[inline(always)]
@@ -58,13 +53,8 @@ impl Codes for Q4 {
     const LANE_BYTES: u32 = LANE_BYTES / 2;
 
     #[inline(always)]
-    fn scale_bytes(_unit_bytes: u32) -> u32 {
-        0
-    }
-
-    #[inline(always)]
     fn scale_place(warp_idx: u32, row: u32, unit_bytes: u32) -> u32 {
-        warp_idx * unit_bytes + unit_bytes / Q4_ROW_BYTES * (UNIT_COLUMNS / 2) + row * 4
+        after_codes(Q4_ROW_BYTES, warp_idx, row, unit_bytes)
     }
 
     #[inline(always)]
@@ -88,6 +78,13 @@ impl Codes for Q4 {
         }
         [a, b].map(|word| [offset(word), offset(word >> 4), offset(word >> 8), offset(word >> 12)])
     }
+}
+
+/// See `Codes::scale_place`: a unit, of `row_bytes` for each row, ends with its scales.
+#[inline(always)]
+fn after_codes(row_bytes: u32, warp_idx: u32, row: u32, unit_bytes: u32) -> u32 {
+    let code_bytes = unit_bytes / row_bytes * (row_bytes - UNIT_SCALE_BYTES);
+    warp_idx * unit_bytes + code_bytes + row * 4
 }
 
 /// The scales of the lane's rows in group `idx`, as a unit of integers ends with them: two of a
