@@ -78,7 +78,7 @@ pub enum Weights {
 /// How products are computed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
 pub enum Compute {
-    /// Activations as they are: f32, or integers of 24 bits beside quantised weights.
+    /// Activations as they are: f32, or on the CPU integers of 24 bits beside q8 and q4 weights.
     Exact,
     /// Activations rounded to bf16, or to integers of 16 bits beside quantised weights.
     Bf16,
