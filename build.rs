@@ -7,13 +7,17 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// PTX that is made: its name, the chip, which the driver carries on to later ones, and its `cfg`s.
-const TARGETS: [(&str, &str, &str); 5] = [
-    ("sm_80", "sm_80", ""),
-    ("sm_90", "sm_90", "--cfg tilert_sm90"),
-    ("sm_90_fp8", "sm_90", "--cfg tilert_sm90 --cfg tilert_fp8"),
-    ("sm_90_integers", "sm_90", "--cfg tilert_sm90 --cfg tilert_integers"),
-    ("sm_90_peers", "sm_90", "--cfg tilert_sm90 --cfg tilert_peers --cfg tilert_fp8"),
+/// PTX that is made.
+const TARGETS: [Target; 5] = [
+    Target { name: "sm_80", chip: "sm_80", cfgs: &[] },
+    Target { name: "sm_90", chip: "sm_90", cfgs: &["tilert_sm90"] },
+    Target { name: "sm_90_fp8", chip: "sm_90", cfgs: &["tilert_sm90", "tilert_fp8"] },
+    Target { name: "sm_90_integers", chip: "sm_90", cfgs: &["tilert_sm90", "tilert_integers"] },
+    Target {
+        name: "sm_90_peers",
+        chip: "sm_90",
+        cfgs: &["tilert_sm90", "tilert_peers", "tilert_fp8"],
+    },
 ];
 /// Threads of a block, for the assembler: `BLOCK_THREADS` of `shared/tile.rs`.
 const BLOCK_THREADS: u32 = 288;
@@ -36,6 +40,17 @@ const MISSING: &str = "the GPU side is left out: no rustc 1.96 or later with lib
     found; install rustc-web, cargo-web and rust-web-src (Debian 12), or a rustup nightly with \
     rust-src, and build again";
 const NO_SOURCES: &str = "the GPU side is left out: it is built in a checkout of the repository";
+
+/// PTX that is made.
+#[derive(Clone, Copy)]
+struct Target {
+    /// Its name, and that of the folder that it is built in.
+    name: &'static str,
+    /// The chip, whose PTX the driver carries on to later ones.
+    chip: &'static str,
+    /// What the device crate is compiled with.
+    cfgs: &'static [&'static str],
+}
 
 /// A compiler that can build `core`.
 struct Toolchain {
@@ -61,8 +76,8 @@ fn main() {
         println!("cargo:warning={MISSING}");
         Vec::new()
     };
-    for (idx, (target, ..)) in TARGETS.into_iter().enumerate() {
-        let file = out.join(format!("tilert_mk_{target}.ptx"));
+    for (idx, Target { name, .. }) in TARGETS.into_iter().enumerate() {
+        let file = out.join(format!("tilert_mk_{name}.ptx"));
         // The host takes an empty file for PTX that was left out.
         let text = texts.get(idx).map_or("", String::as_str);
         if let Err(error) = std::fs::write(&file, text) {
@@ -144,39 +159,76 @@ fn stdout_of(command: &mut Command) -> Option<String> {
     Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// The PTX of all targets, which are compiled side by side; ends the build on an error.
+/// The PTX of all targets; ends the build on an error.
+///
+/// To compile `core` takes twice as long as the kernel. Targets of one chip share it: the first is
+/// compiled from nothing, and the others begin with a copy of its folder.
 fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
-    let results: Vec<Result<String, String>> = std::thread::scope(|scope| {
-        let compile = |(name, chip, flags)| {
-            scope.spawn(move || {
-                compile(toolchain, [name, chip, flags], out).and_then(|text| finish(&text))
-            })
-        };
-        let threads = TARGETS.map(compile);
-        let panicked = |_| Err("the thread that compiles it has panicked".to_owned());
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
-    });
-    let named = results.into_iter().zip(TARGETS);
-    named
-        .map(|(result, (target, ..))| {
-            result.unwrap_or_else(|message| {
-                fail(&format!("device/ does not compile to PTX for {target}: {message}"))
-            })
-        })
-        .collect()
+    let first_of = |target: Target| TARGETS.into_iter().find(|other| other.chip == target.chip);
+    let begin_of = |target| first_of(target).filter(|first| first.name != target.name);
+    let mut texts = vec![String::new(); TARGETS.len()];
+    for is_first in [true, false] {
+        let targets: Vec<(usize, Target)> = (TARGETS.into_iter().enumerate())
+            .filter(|(_, target)| begin_of(*target).is_none() == is_first)
+            .collect();
+        let results: Vec<Result<String, String>> = std::thread::scope(|scope| {
+            let compile = |(_, target): &(usize, Target)| {
+                let target = *target;
+                scope.spawn(move || {
+                    if let Some(begin) = begin_of(target) {
+                        begin_with(&out.join(begin.name), &out.join(target.name))?;
+                    }
+                    compile(toolchain, target, out).and_then(|text| finish(&text))
+                })
+            };
+            let threads: Vec<_> = targets.iter().map(compile).collect();
+            let panicked = |_| Err("the thread that compiles it has panicked".to_owned());
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+        });
+        for ((idx, Target { name, .. }), result) in targets.into_iter().zip(results) {
+            texts[idx] = result.unwrap_or_else(|message| {
+                fail(&format!("device/ does not compile to PTX for {name}: {message}"))
+            });
+        }
+    }
+    texts
 }
 
-/// The assembly of the device crate for one target: its name, its chip and its flags.
-fn compile(
-    toolchain: &Toolchain,
-    [name, chip, flags]: [&str; 3],
-    out: &Path,
-) -> Result<String, String> {
-    let folder = out.join(name);
+/// Copies a folder that cargo has built in, unless there is one already. Cargo compares times.
+fn begin_with(from: &Path, to: &Path) -> Result<(), String> {
+    let copy = || -> std::io::Result<()> {
+        let mut folders = vec![(from.to_owned(), to.to_owned())];
+        while let Some((from, to)) = folders.pop() {
+            std::fs::create_dir(&to)?;
+            for entry in std::fs::read_dir(from)? {
+                let entry = entry?;
+                let (metadata, to) = (entry.metadata()?, to.join(entry.file_name()));
+                if metadata.is_dir() {
+                    folders.push((entry.path(), to));
+                } else {
+                    std::fs::copy(entry.path(), &to)?;
+                    let file = std::fs::File::options().write(true).open(&to)?;
+                    file.set_modified(metadata.modified()?)?;
+                }
+            }
+        }
+        Ok(())
+    };
+    if to.exists() {
+        return Ok(());
+    }
+    copy().map_err(|error| format!("copying {}: {error}", from.display()))
+}
+
+/// The assembly of the device crate for one target.
+fn compile(toolchain: &Toolchain, target: Target, out: &Path) -> Result<String, String> {
+    let folder = out.join(target.name);
     let run = |network: &[&str]| -> Result<Output, String> {
-        let mut command = cargo(toolchain, chip, flags, &folder);
+        let mut command = cargo(toolchain, target.chip, &folder);
         command.args(network).args(["--", "--emit=asm", "-Clinker=true"]);
         command.arg("-Cllvm-args=-unroll-threshold=4000 -unroll-runtime=false");
+        // For this crate alone: flags of all crates would be a reason to compile `core` anew.
+        command.args(target.cfgs.iter().flat_map(|cfg| ["--cfg", cfg]));
         let shown = toolchain.cargo.display();
         command.output().map_err(|error| format!("{shown}: {error}"))
     };
@@ -197,10 +249,9 @@ fn compile(
 }
 
 /// `cargo rustc` for the device crate, up to the arguments of rustc.
-fn cargo(toolchain: &Toolchain, chip: &str, flags: &str, folder: &Path) -> Command {
+fn cargo(toolchain: &Toolchain, chip: &str, folder: &Path) -> Command {
     let rustflags = format!(
-        "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={chip} \
-         -Ctarget-feature=+ptx80 {flags}"
+        "-Zunstable-options -Cpanic=immediate-abort -Ctarget-cpu={chip} -Ctarget-feature=+ptx80"
     );
     let mut command = Command::new(&toolchain.cargo);
     for (name, _) in std::env::vars_os() {
