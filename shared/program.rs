@@ -28,7 +28,7 @@ pub struct Dims {
     pub step_tokens_max: u32,
     /// Rows of the largest linear task.
     pub task_rows_max: u32,
-    /// Values in the longest row that a prologue produces.
+    /// Values in the longest input row of a linear task.
     pub prologue_dim_max: u32,
     /// Bins of the sampler's histogram: `SAMPLE_BIN_COUNT`, as a number that compilers do not know.
     pub sample_bin_count: u32,

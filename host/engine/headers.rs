@@ -31,8 +31,7 @@ pub(super) fn upload(
     let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };
     let trace_bytes = trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
     let prompts = u64::from(dims.kv.slot_count) * u64::from(dims.kv.context_max) * 4;
-    let row = dims.intermediate_dim.max(dims.prologue_dim_max);
-    let near = SharedPlan::new(device.profile().shared_bytes, row);
+    let near = SharedPlan::new(device.profile().shared_bytes, dims.prologue_dim_max);
     let shared = ProgramHeader {
         abi_version: ABI_VERSION,
         worker_count,

@@ -3,20 +3,14 @@
 use tilert_mk_shared::kv::KvGeometry;
 use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::program::{Dims, SAMPLE_BIN_COUNT};
-use tilert_mk_shared::task::Precision;
 
 use super::LowerOptions;
 use crate::config::ModelConfig;
 
 /// The sizes that a program's tasks share; those that only the tasks tell are put in later.
 pub(super) fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
-    let prologue_dim = config.hidden_dim.max(config.query_dim());
     // Workers may bring rows into another form, also where no prologue does.
-    let is_plain = !options.format.is_blocked()
-        && config.fp8.is_none()
-        && options.precision == Precision::Exact
-        && !options.is_stamped;
-    let inner_dim = if is_plain { 0 } else { config.intermediate_dim };
+    let prologue_dim = config.hidden_dim.max(config.query_dim()).max(config.intermediate_dim);
     Dims {
         hidden_dim: config.hidden_dim,
         intermediate_dim: config.intermediate_dim,
@@ -28,7 +22,7 @@ pub(super) fn dims(config: &ModelConfig, options: &LowerOptions) -> Dims {
         task_rows_max: 1,
         head_task_count: 0,
         late_splits_max: late_splits_max(config, options.is_stamped),
-        prologue_dim_max: prologue_dim.max(inner_dim),
+        prologue_dim_max: prologue_dim,
         sample_bin_count: SAMPLE_BIN_COUNT as u32,
         is_stamped: options.is_stamped.into(),
         kv: KvGeometry {

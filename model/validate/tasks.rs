@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
 use tilert_mk_shared::program::Dims;
 use tilert_mk_shared::task::{
-    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Precision, Prologue, SampleArgs,
-    Segment, Task, TokenRows, WeightFormat,
+    AttentionArgs, EmbedArgs, Epilogue, LinearArgs, Opcode, Prologue, SampleArgs, Segment, Task,
+    TokenRows, WeightFormat,
 };
 
 use super::access::{Accesses, Region};
@@ -189,15 +189,9 @@ impl<'a> Checker<'a> {
     fn linear(&mut self, task_idx: u32, task: &Task) -> Result<(), Defect> {
         let args = LinearArgs::unpack(task);
         canonical(task, &args.pack(), Opcode::Linear)?;
-        within("in_dim", args.in_dim.into(), 8, u32::MAX.into())?;
+        within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         if !args.in_dim.is_multiple_of(8) {
             return Err(Defect::Segments("in_dim is not a multiple of 8"));
-        }
-        let is_plain = !args.format.is_blocked()
-            && args.precision == Precision::Exact
-            && self.dims.is_stamped == 0;
-        if args.prologue != Prologue::None || !is_plain {
-            within("in_dim", args.in_dim.into(), 8, self.dims.prologue_dim_max.into())?;
         }
         if args.precision != self.program.precision {
             return Err(Defect::Precision(args.precision));

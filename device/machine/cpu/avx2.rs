@@ -4,7 +4,9 @@
 //! same. A vector has 8 of the 32 lanes. Few tokens are multiplied row by row with all lanes at once,
 //! so that weights are one stream. More tokens share rows: there are registers for the sums of 8
 //! lanes, so these are taken one after the other, over as many columns as stay in the first-level
-//! cache.
+//! cache (`panels`).
+
+pub(super) mod panels;
 
 use std::arch::x86_64::{
     __m256, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps, _mm_movehl_ps,
@@ -18,6 +20,7 @@ use half::f16;
 use tilert_mk_shared::task::WeightFormat;
 
 use super::Matrix;
+use super::inputs::paneled;
 use super::lanes::{Bf16, LANES, Stored, weights};
 use crate::machine::Rows;
 
@@ -27,9 +30,7 @@ const WIDTH: usize = 8;
 const VECTORS: usize = LANES / WIDTH;
 /// Rows of a block.
 const ROWS: usize = 2;
-/// Tokens of a block.
-const TOKENS: usize = 4;
-/// Columns whose weights and inputs a block takes at a time: 20 KiB with weights of 2 bytes.
+/// Columns whose weights and inputs a block takes at a time: 14 KiB with weights of 2 bytes.
 const COLUMNS: usize = 1024;
 /// Rows of models so small that their weights stay in the caches: two side by side.
 const SHORT_ROW_BYTES: usize = 1 << 9;
@@ -51,15 +52,13 @@ pub(super) fn matmul(m: Matrix, x: Rows, token_count: usize, y: Rows, out_first:
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn matmul_stored<W: Wide>(m: &Matrix, x: &Rows, token_count: usize, y: &Rows, out_first: usize) {
-    let paired = m.row_count - m.row_count % ROWS;
-    let mut token = 0;
-    while token + TOKENS <= token_count {
-        products::<W, ROWS, TOKENS>(m, 0..paired, x, token, y, out_first);
-        products::<W, 1, TOKENS>(m, paired..m.row_count, x, token, y, out_first);
-        token += TOKENS;
+    let token = paneled(token_count);
+    if token > 0 {
+        panels::matmul::<W>(m, x, token, y, out_first);
     }
     match token_count - token {
         1 if m.in_dim * size_of::<W>() <= SHORT_ROW_BYTES => {
+            let paired = m.row_count - m.row_count % ROWS;
             products::<W, ROWS, 1>(m, 0..paired, x, token, y, out_first);
             products::<W, 1, 1>(m, paired..m.row_count, x, token, y, out_first);
         }

@@ -7,6 +7,16 @@ use super::{Isa, blocks};
 use crate::machine::Rows;
 use crate::machine::memory::Span;
 
+/// Rows that share panels.
+pub(super) const PANEL_ROWS: usize = 2;
+/// Rows below which none are in panels: too few products to pay for packing.
+const PANELED_MIN: usize = 2 * PANEL_ROWS;
+
+/// How many of `count` rows are in panels with `InputForm::Panels`: the first ones, in pairs.
+pub(super) fn paneled(count: usize) -> usize {
+    if count < PANELED_MIN { 0 } else { count - count % PANEL_ROWS }
+}
+
 /// How input rows are stored once they are ready to be multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InputForm {
@@ -14,6 +24,11 @@ pub enum InputForm {
     Float,
     /// As f32 that are rounded to bf16.
     Rounded,
+    /// As f32, those of two rows in the order in which AVX2 multiplies them (`paneled`).
+    Panels {
+        /// Whether they are rounded to bf16.
+        is_rounded: bool,
+    },
     /// As bf16, for the chip's own products.
     Packed,
     /// As bf16, in tiles of up to 16 rows.
@@ -34,10 +49,22 @@ impl InputForm {
             (WeightFormat::Q8 | WeightFormat::Q4, _) => {
                 InputForm::Integers { format, bits: blocks::integer_bits(precision) }
             }
+            _ if isa == Isa::Avx2 && !format.is_blocked() => {
+                InputForm::Panels { is_rounded: precision == Precision::Bf16 }
+            }
             (_, Precision::Exact) => InputForm::Float,
             (WeightFormat::Bf16, Precision::Bf16) if isa == Isa::Amx => InputForm::Tiles,
             (WeightFormat::Bf16, Precision::Bf16) if isa.multiplies_bf16() => InputForm::Packed,
             (_, Precision::Bf16) => InputForm::Rounded,
+        }
+    }
+
+    /// Whether `count` rows of f32 are in this form already.
+    pub(super) fn is_plain(self, count: usize) -> bool {
+        match self {
+            InputForm::Float => true,
+            InputForm::Panels { is_rounded } => !is_rounded && paneled(count) == 0,
+            _ => false,
         }
     }
 
@@ -49,17 +76,40 @@ impl InputForm {
             // SAFETY: `InputForm::of` has found the instructions.
             return unsafe { super::amx::pack(&from, &to, count, dim) };
         }
+        let len = dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize);
+        let whole = self.pack_panels(from, to, count, dim);
         for row in 0..count {
-            let to = to.row(row, dim.next_multiple_of(INPUT_ROW_MULTIPLE as usize));
-            self.convert_row(isa, from.row(row, dim), to);
+            let to = to.row(row, len);
+            let from = if row < whole { to } else { from.row(row, dim) };
+            self.convert_row(isa, from, to);
         }
+    }
+
+    /// Packs rows into panels, if that is the form, and says how many. The values stay the same.
+    fn pack_panels(self, from: Rows, to: Rows, count: usize, dim: usize) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self, InputForm::Panels { .. }) && paneled(count) > 0 {
+            let whole = paneled(count);
+            // SAFETY: `InputForm::of` has found the instructions.
+            unsafe { super::avx2::panels::pack(&from, &to, whole, dim) };
+            return whole;
+        }
+        let _ = (from, to, count, dim);
+        0
     }
 
     fn convert_row(self, isa: Isa, from: Span<f32>, to: Span<f32>) {
         match self {
             // Tiles are made of several rows.
             InputForm::Float | InputForm::Tiles => {}
-            InputForm::Rounded => super::round(isa, from, to),
+            InputForm::Panels { is_rounded: false } => {
+                if from.address() != to.address() {
+                    to.sub(0, from.len()).as_mut_slice().copy_from_slice(from.as_slice());
+                }
+            }
+            InputForm::Rounded | InputForm::Panels { is_rounded: true } => {
+                super::round(isa, from, to)
+            }
             InputForm::Packed => super::pack(isa, from, to),
             InputForm::Integers { format, bits } => blocks::split(isa, format, bits, from, to),
         }

@@ -189,7 +189,7 @@ impl Machine for Thread {
         is_kept: bool,
     ) -> Rows {
         let form = self.form(&LinearArgs::unpack(task));
-        if form == InputForm::Float {
+        if form.is_plain(count) {
             return from;
         }
         if !is_kept {
