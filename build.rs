@@ -164,60 +164,61 @@ fn stdout_of(command: &mut Command) -> Option<String> {
 /// To compile `core` takes twice as long as the kernel. Targets of one chip share it: the first is
 /// compiled from nothing, and the others begin with a copy of its folder.
 fn compile_all(toolchain: &Toolchain, out: &Path) -> Vec<String> {
-    let first_of = |target: Target| TARGETS.into_iter().find(|other| other.chip == target.chip);
-    let begin_of = |target| first_of(target).filter(|first| first.name != target.name);
+    let first_of = |target: &Target| TARGETS.iter().find(|other| other.chip == target.chip);
+    // The folder that a target begins with.
+    let begin_of = |target: &Target| {
+        first_of(target).filter(|first| first.name != target.name).map(|first| out.join(first.name))
+    };
     let mut texts = vec![String::new(); TARGETS.len()];
-    for is_first in [true, false] {
-        let targets: Vec<(usize, Target)> = (TARGETS.into_iter().enumerate())
-            .filter(|(_, target)| begin_of(*target).is_none() == is_first)
-            .collect();
-        let results: Vec<Result<String, String>> = std::thread::scope(|scope| {
-            let compile = |(_, target): &(usize, Target)| {
-                let target = *target;
+    for firsts in [true, false] {
+        // Side by side.
+        std::thread::scope(|scope| {
+            for (target, text) in TARGETS.iter().zip(&mut texts) {
+                let begin = begin_of(target);
+                if begin.is_none() != firsts {
+                    continue;
+                }
                 scope.spawn(move || {
-                    if let Some(begin) = begin_of(target) {
-                        begin_with(&out.join(begin.name), &out.join(target.name))?;
-                    }
-                    compile(toolchain, target, out).and_then(|text| finish(&text))
-                })
-            };
-            let threads: Vec<_> = targets.iter().map(compile).collect();
-            let panicked = |_| Err("the thread that compiles it has panicked".to_owned());
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect()
+                    let copied =
+                        begin.map_or(Ok(()), |from| begin_with(&from, &out.join(target.name)));
+                    let compiled = copied.and_then(|()| compile(toolchain, *target, out));
+                    *text = compiled.and_then(|text| finish(&text)).unwrap_or_else(|message| {
+                        let name = target.name;
+                        fail(&format!("device/ does not compile to PTX for {name}: {message}"))
+                    });
+                });
+            }
         });
-        for ((idx, Target { name, .. }), result) in targets.into_iter().zip(results) {
-            texts[idx] = result.unwrap_or_else(|message| {
-                fail(&format!("device/ does not compile to PTX for {name}: {message}"))
-            });
-        }
     }
     texts
 }
 
-/// Copies a folder that cargo has built in, unless there is one already. Cargo compares times.
+/// Copies a folder that cargo has built in, unless there is one already.
 fn begin_with(from: &Path, to: &Path) -> Result<(), String> {
-    let copy = || -> std::io::Result<()> {
-        let mut folders = vec![(from.to_owned(), to.to_owned())];
-        while let Some((from, to)) = folders.pop() {
-            std::fs::create_dir(&to)?;
-            for entry in std::fs::read_dir(from)? {
-                let entry = entry?;
-                let (metadata, to) = (entry.metadata()?, to.join(entry.file_name()));
-                if metadata.is_dir() {
-                    folders.push((entry.path(), to));
-                } else {
-                    std::fs::copy(entry.path(), &to)?;
-                    let file = std::fs::File::options().write(true).open(&to)?;
-                    file.set_modified(metadata.modified()?)?;
-                }
-            }
-        }
-        Ok(())
-    };
     if to.exists() {
         return Ok(());
     }
-    copy().map_err(|error| format!("copying {}: {error}", from.display()))
+    // A build that is broken off leaves no half of a folder under its name.
+    let part = to.with_extension("part");
+    let copied = copy_folder(from, &part).and_then(|()| std::fs::rename(&part, to));
+    copied.map_err(|error| format!("copying {}: {error}", from.display()))
+}
+
+/// Copies a folder over another with the times of its files, which cargo compares.
+fn copy_folder(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        let (metadata, to) = (entry.metadata()?, to.join(entry.file_name()));
+        if metadata.is_dir() {
+            copy_folder(&entry.path(), &to)?;
+        } else {
+            std::fs::copy(entry.path(), &to)?;
+            let file = std::fs::File::options().write(true).open(&to)?;
+            file.set_modified(metadata.modified()?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The assembly of the device crate for one target.
