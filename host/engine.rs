@@ -19,6 +19,7 @@ use tilert_mk_model::rope;
 use tilert_mk_model::weights::{Dtype, WeightSource};
 use tilert_mk_shared::limits::STOP_ID_COUNT_MAX;
 use tilert_mk_shared::mailbox::{CommandKind, Mailbox, Output, OutputKind, StopWord};
+use tilert_mk_shared::packed::PAD_ROWS;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::queue::{CURSOR_STRIDE_BYTES, Cursor};
 use tilert_mk_shared::sample::SamplingParams;
@@ -471,5 +472,8 @@ fn lower_options(
         tile_bytes: profile.tile_bytes,
         tile_rows_max: profile.tile_rows_max,
         is_stamped: profile.stamps_values,
+        // Several devices overwrite each other's words only if each has tasks of every stage, which
+        // few tiles would not give them.
+        packed_rows: if profile.packs_weights && profile.pe_count == 1 { PAD_ROWS } else { 1 },
     })
 }

@@ -13,6 +13,7 @@ mod formats;
 use tilert_mk_shared::blocks::STRIP_ROWS;
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SEGMENT_ROWS_MAX};
+use tilert_mk_shared::packed::Packing;
 use tilert_mk_shared::program::{Dims, HeapPlan};
 use tilert_mk_shared::queue::QueueSpan;
 use tilert_mk_shared::task::{
@@ -84,6 +85,8 @@ pub struct LowerOptions {
     pub tile_rows_max: u32,
     /// Whether the device stamps values (`shared/stamp.rs`).
     pub is_stamped: bool,
+    /// Rows that tiles of packed weights (`shared/packed.rs`) are multiples of, but for the last.
+    pub packed_rows: u32,
 }
 
 /// A lowered model.
@@ -332,7 +335,8 @@ impl<'a> Builder<'a> {
     }
 
     /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one; rows
-    /// that lie in strips, into whole strips but for the last.
+    /// that lie in strips, or are packed together, into whole strips or packs but for the last: what
+    /// a pack is padded with is read like other rows.
     ///
     /// As many tiles as `tile_bytes` asks for, then more until every worker has equally many.
     fn tiles(
@@ -346,10 +350,13 @@ impl<'a> Builder<'a> {
             Epilogue::SiluMul => (rows.min().unwrap_or(0), linear.matrices.len() as u32),
             _ => (rows.sum(), 1),
         };
-        // What is cut: rows, pairs, or as many of them as fill a strip.
-        let is_in_strips = format.is_blocked() && !options.is_stamped;
-        let strip_rows = if is_in_strips { STRIP_ROWS } else { 1 };
-        let unit_pairs = strip_rows.div_ceil(pair_rows);
+        // What is cut: rows, pairs, or as many of them as fill a strip or are packed together.
+        let group_rows = match (options.is_stamped, format.is_blocked()) {
+            (true, _) if Packing::is_for(format) => options.packed_rows,
+            (false, true) => STRIP_ROWS,
+            _ => 1,
+        };
+        let unit_pairs = group_rows.div_ceil(pair_rows);
         let (units, unit_rows) = (pairs.div_ceil(unit_pairs), unit_pairs * pair_rows);
         let row_bytes = format.row_bytes(linear.in_dim);
         let bytes = u64::from(units) * u64::from(unit_rows) * row_bytes;

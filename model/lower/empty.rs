@@ -166,6 +166,7 @@ mod tests {
             tile_bytes: 1 << 20,
             tile_rows_max: 512,
             is_stamped,
+            packed_rows: 1,
         }
     }
 

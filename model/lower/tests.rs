@@ -23,6 +23,7 @@ fn options(worker_count: u32, tile_bytes: u64) -> LowerOptions {
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
         is_stamped: false,
+        packed_rows: 1,
     }
 }
 
@@ -73,6 +74,25 @@ fn many_workers_get_equal_rows_of_every_stage() {
         println!("{worker_count} workers: {least} to {most} weight bytes each");
         assert!(most - least <= other + 4 * row_bytes, "{least} to {most} bytes");
         assert!(program.dims.task_rows_max <= SEGMENT_ROWS_MAX);
+    }
+}
+
+#[test]
+fn packed_rows_stay_together() {
+    let config = ModelConfig::parse(LLAMA_8B).unwrap();
+    let options = LowerOptions {
+        is_stamped: true,
+        packed_rows: 8,
+        tile_rows_max: 64,
+        ..options(132, u64::MAX)
+    };
+    let program = lower(&config, &options).unwrap();
+    for stage in stages(&program) {
+        let rows = stage.iter().map(LinearArgs::row_count);
+        let (least, most) = (rows.clone().min().unwrap(), rows.clone().max().unwrap());
+        assert!(rows.clone().all(|rows| rows % 8 == 0) && most <= 64);
+        assert!(most - least <= 8, "{least} to {most} rows");
+        assert_eq!(stage.len() % 132, 0);
     }
 }
 

@@ -65,6 +65,7 @@ fn lowered_with(
         tile_bytes,
         tile_rows_max: SEGMENT_ROWS_MAX,
         is_stamped,
+        packed_rows: 8,
     };
     lower(&ModelConfig::parse(&json).unwrap(), &options).unwrap()
 }
