@@ -472,8 +472,7 @@ fn lower_options(
         tile_bytes: profile.tile_bytes,
         tile_rows_max: profile.tile_rows_max,
         is_stamped: profile.stamps_values,
-        // On several devices each must have tasks of every stage, or words may be overwritten there
-        // before they have come; whole packs may be too few for that.
+        // Tried on hardware on one device alone.
         packed_rows: if profile.packs_weights && profile.pe_count == 1 { PAD_ROWS } else { 1 },
     })
 }

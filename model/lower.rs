@@ -85,7 +85,8 @@ pub struct LowerOptions {
     pub tile_rows_max: u32,
     /// Whether the device stamps values (`shared/stamp.rs`).
     pub is_stamped: bool,
-    /// Rows that tiles of packed weights (`shared/packed.rs`) are multiples of, but for the last.
+    /// Rows that tiles of packed weights (`shared/packed.rs`) are multiples of, but for the last, if
+    /// there are as many for each worker.
     pub packed_rows: u32,
 }
 
@@ -350,9 +351,11 @@ impl<'a> Builder<'a> {
             Epilogue::SiluMul => (rows.min().unwrap_or(0), linear.matrices.len() as u32),
             _ => (rows.sum(), 1),
         };
-        // What is cut: rows, pairs, or as many of them as fill a strip or are packed together.
+        // What is cut: rows, pairs, or as many of them as fill a strip or are packed together. Every
+        // worker keeps a task of the stage: what nobody waits for could be late for its step.
+        let has_packs = pairs * pair_rows >= options.packed_rows * workers;
         let group_rows = match (options.is_stamped, format.is_blocked()) {
-            (true, _) if Packing::is_for(format) => options.packed_rows,
+            (true, _) if Packing::is_for(format) && has_packs => options.packed_rows,
             (false, true) => STRIP_ROWS,
             _ => 1,
         };
