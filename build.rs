@@ -41,7 +41,7 @@ const MISSING: &str = "the GPU side is left out: no rustc 1.96 or later with lib
     rust-src, and build again";
 const NO_SOURCES: &str = "the GPU side is left out: it is built in a checkout of the repository";
 
-/// PTX that is made.
+/// One file of PTX.
 #[derive(Clone, Copy)]
 struct Target {
     /// Its name, and that of the folder that it is built in.
