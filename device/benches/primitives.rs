@@ -87,7 +87,7 @@ fn matmul(criterion: &mut Criterion) {
             ],
         }
         .pack();
-        for tokens in [1, 2, 4, DECODE_TOKENS_MAX as usize, STEP_TOKENS_MAX as usize] {
+        for tokens in [1, 2, 3, 4, DECODE_TOKENS_MAX as usize, STEP_TOKENS_MAX as usize] {
             let (mut x, mut y) = (values(tokens * IN_DIM), values(tokens * ROW_COUNT));
             let mut settled = values(tokens * IN_DIM);
             let [x, settled] =

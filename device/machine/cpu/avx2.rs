@@ -1,9 +1,9 @@
 //! Products on AVX2.
 //!
 //! The order of additions is that of `lanes`, lane by lane and in the fold, so the bits are the
-//! same. A vector has 8 of the 32 lanes. Few tokens are multiplied row by row with all lanes at once,
-//! so that weights are one stream. More tokens share rows: there are registers for the sums of 8
-//! lanes, so these are taken one after the other, over as many columns as stay in the first-level
+//! same. A vector has 8 of the 32 lanes. Up to three tokens are multiplied row by row with all lanes at
+//! once, so that weights are one stream. More tokens share rows: there are registers for the sums of
+//! 8 lanes, so these are taken one after the other, over as many columns as stay in the first-level
 //! cache (`panels`).
 
 pub(super) mod panels;
@@ -30,8 +30,6 @@ const WIDTH: usize = 8;
 const VECTORS: usize = LANES / WIDTH;
 /// Rows of a block.
 const ROWS: usize = 2;
-/// Columns whose weights and inputs a block takes at a time: 14 KiB with weights of 2 bytes.
-const COLUMNS: usize = 1024;
 /// Rows of models so small that their weights stay in the caches: two side by side.
 const SHORT_ROW_BYTES: usize = 1 << 9;
 
@@ -108,18 +106,7 @@ fn dots<W: Wide, const R: usize, const T: usize>(w: &[&[W]; R], x: &[&[f32]; T])
     let len = x[0].len();
     let whole = len - len % LANES;
     let mut sums = [[[_mm256_setzero_ps(); VECTORS]; T]; R];
-    if R * T <= 2 {
-        all_lanes(w, x, 0..whole, &mut sums);
-    } else {
-        let mut first = 0;
-        while first < whole {
-            let end = whole.min(first + COLUMNS);
-            for vector in 0..VECTORS {
-                lanes(w, x, first..end, vector, &mut sums);
-            }
-            first = end;
-        }
-    }
+    all_lanes(w, x, 0..whole, &mut sums);
     if whole < len {
         let mut weights = [[W::default(); LANES]; R];
         let mut inputs = [[0.0; LANES]; T];
@@ -175,45 +162,6 @@ fn check_columns<W, const R: usize, const T: usize>(w: &[&[W]; R], x: &[&[f32]; 
     }
     for row in x {
         assert!(end <= row.len());
-    }
-}
-
-/// The same for 8 lanes. Not part of its callers: they would keep the other lanes in registers.
-#[inline(never)]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn lanes<W: Wide, const R: usize, const T: usize>(
-    w: &[&[W]; R],
-    x: &[&[f32]; T],
-    columns: Range<usize>,
-    vector: usize,
-    sums: &mut [[Sums; T]; R],
-) {
-    let mut own = [[_mm256_setzero_ps(); T]; R];
-    for r in 0..R {
-        for t in 0..T {
-            own[r][t] = sums[r][t][vector];
-        }
-    }
-    check_columns(w, x, columns.end);
-    for at in columns.step_by(LANES) {
-        let at = at + vector * WIDTH;
-        let mut inputs = [_mm256_setzero_ps(); T];
-        for t in 0..T {
-            // SAFETY: `WIDTH` values from `at` on, which is checked above, of each row.
-            inputs[t] = unsafe { f32::vector(x[t].as_ptr().add(at)) };
-        }
-        for r in 0..R {
-            // SAFETY: as above.
-            let weights = unsafe { W::vector(w[r].as_ptr().add(at)) };
-            for t in 0..T {
-                own[r][t] = _mm256_fmadd_ps(weights, inputs[t], own[r][t]);
-            }
-        }
-    }
-    for r in 0..R {
-        for t in 0..T {
-            sums[r][t][vector] = own[r][t];
-        }
     }
 }
 
