@@ -22,6 +22,9 @@ use crate::machine::memory::{Span, check};
 use crate::machine::{CursorCounter, EventCounter, HostCounter, Machine};
 use crate::{event, queue};
 
+/// How long who ends the kernel waits for a fault record that another writes.
+const RECORD_NS_MAX: u64 = 1_000_000_000;
+
 /// The device stops: the worker leaves its loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stopped;
@@ -326,11 +329,14 @@ impl<'a, M: Machine> Worker<'a, M> {
         Ok(false)
     }
 
-    /// Leaves a fault record about a task of which something does not arrive. For one lane.
+    /// Leaves a fault record about a task of which something does not arrive, and waits until the record is
+    /// whole: another lane may be writing it, and the caller ends the kernel. For one lane.
     #[inline(always)]
     pub fn miss(&self, code: FaultCode, task_idx: u32, epoch: u32) {
         let claim = Claim::new(self.task(task_idx), task_idx, epoch);
         self.fault(code, Some(&claim), 0, 0);
+        let began_ns = self.machine.now_ns();
+        while !self.has_stopped() && self.machine.now_ns() - began_ns < RECORD_NS_MAX {}
     }
 
     /// Leaves a fault record, unless another worker has, and stops the device. For the leader.

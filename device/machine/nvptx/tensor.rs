@@ -12,7 +12,9 @@
 
 mod weights;
 
-use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COLUMNS};
+use tilert_mk_shared::packed::{
+    BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, PAD_ROWS, Packing, UNIT_COLUMNS,
+};
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
@@ -102,17 +104,18 @@ fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
     let stamp = stamped::input_stamp(block, 0);
     let lane = Lane { column, warp_column, places, layout, input, stamp };
     let rows = [args.row_count(), count];
+    // Groups, whether the last has 8 rows, and blocks that are multiplied together if there are few rows.
     macro_rules! by_groups {
         ($of:ident) => {
             match (digest.groups / 2, digest.groups % 2 != 0) {
-                (1, false) => $of::<W, 1, false>(block, &lane, &shape, rows),
-                (1, true) => $of::<W, 1, true>(block, &lane, &shape, rows),
-                (2, false) => $of::<W, 2, false>(block, &lane, &shape, rows),
-                (2, true) => $of::<W, 2, true>(block, &lane, &shape, rows),
-                (3, false) => $of::<W, 3, false>(block, &lane, &shape, rows),
-                (3, true) => $of::<W, 3, true>(block, &lane, &shape, rows),
-                (_, false) => $of::<W, 4, false>(block, &lane, &shape, rows),
-                (_, true) => $of::<W, 4, true>(block, &lane, &shape, rows),
+                (1, false) => $of::<W, 1, false, 4>(block, &lane, &shape, rows),
+                (1, true) => $of::<W, 1, true, 4>(block, &lane, &shape, rows),
+                (2, false) => $of::<W, 2, false, 2>(block, &lane, &shape, rows),
+                (2, true) => $of::<W, 2, true, 2>(block, &lane, &shape, rows),
+                (3, false) => $of::<W, 3, false, 1>(block, &lane, &shape, rows),
+                (3, true) => $of::<W, 3, true, 1>(block, &lane, &shape, rows),
+                (_, false) => $of::<W, 4, false, 1>(block, &lane, &shape, rows),
+                (_, true) => $of::<W, 4, true, 1>(block, &lane, &shape, rows),
             }
         };
     }
@@ -126,13 +129,16 @@ fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
 /// One or two tokens: a tile's columns are both tokens' parts. `G` groups of rows, the last of which
 /// has 8 rows if `HALF`.
 #[inline(always)]
-fn narrow<W: Weights, const G: usize, const HALF: bool>(
+fn narrow<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
     rows: [u32; 2],
 ) {
-    let sums = product_ahead::<W, G, HALF>(block, lane, shape);
+    let sums = match W::FILLS_PAGES {
+        true => product_ahead::<W, G, HALF, BLOCKS>(block, lane, shape),
+        false => product_ahead::<W, G, HALF, 1>(block, lane, shape),
+    };
     for (idx, [sums]) in (0u32..).zip(&sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
@@ -140,7 +146,7 @@ fn narrow<W: Weights, const G: usize, const HALF: bool>(
 
 /// More tokens: a tile for each part.
 #[inline(always)]
-fn wide<W: Weights, const G: usize, const HALF: bool>(
+fn wide<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -159,8 +165,8 @@ fn wide<W: Weights, const G: usize, const HALF: bool>(
     }
 }
 
-/// What a lane multiplies of one block: the inputs of each tile, the weights of each group.
-type Operands<W, const G: usize, const TILES: usize> = ([[u32; 4]; TILES], [W; G]);
+/// What a lane multiplies of one block: the inputs of one tile, the weights of each group.
+type Operands<W, const G: usize> = ([[u32; 4]; 1], [W; G]);
 /// Sums of each group and tile.
 type Sums<const G: usize, const TILES: usize> = [[[f32; 4]; TILES]; G];
 
@@ -182,14 +188,14 @@ impl Next {
         Next { first: 0, address: block.pages.address(), left: shape.page_blocks }
     }
 
-    /// Goes on to the next block, once its page is full. Whether the block before was the last of
-    /// its page.
+    /// Goes on by some blocks of a page to the next, once its page is full. Whether those before ended
+    /// their page, as they always do if they `FILL` it.
     #[inline(always)]
-    fn advance(&mut self, block: &Block, shape: &Shape) -> bool {
-        self.first += BLOCK_COLUMNS;
-        self.address += shape.block_bytes;
-        self.left -= 1;
-        if self.left > 0 && self.first < shape.in_dim {
+    fn advance<const FILL: bool>(&mut self, block: &Block, shape: &Shape, blocks: u32) -> bool {
+        self.first += blocks * BLOCK_COLUMNS;
+        self.address += blocks * shape.block_bytes;
+        self.left -= blocks;
+        if !FILL && self.left > 0 && self.first < shape.in_dim {
             return false;
         }
         if self.first < shape.in_dim {
@@ -210,7 +216,7 @@ fn product<W: Weights, const G: usize, const HALF: bool>(
     let mut next = Next::new(block, shape);
     while next.first < shape.in_dim {
         add_last::<W, G, 3, HALF>(&mut sums, lane, shape, &next);
-        if next.advance(block, shape) {
+        if next.advance::<false>(block, shape, 1) {
             block.pages.release(block.warp_lane());
         }
     }
@@ -235,10 +241,10 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
                 let inputs = split_inputs(far.settle(block, lane, || take_far(lane, shape, first)));
                 *far = take_far(lane, shape, first + AHEAD as u32 * BLOCK_COLUMNS);
                 if first + lane.warp_column < shape.in_dim {
-                    let weights = take_groups::<W, G, HALF>(lane, &next);
+                    let weights = take_groups::<W, G, HALF>(lane, next.address);
                     W::add::<G, 3, HALF>(&mut sums, &inputs, &weights);
                 }
-                if next.advance(block, shape) {
+                if next.advance::<false>(block, shape, 1) {
                     block.pages.release(block.warp_lane());
                 }
             }
@@ -247,60 +253,93 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
     sums
 }
 
-/// The same with one tile. A block's operands are loaded while the one before is multiplied, into
-/// registers that take turns; with more tiles they would not fit.
+/// The same with one tile, `BLOCKS` blocks at a time. The next ones' operands are loaded while some are
+/// multiplied, into registers that take turns; with more tiles they would not fit.
 #[inline(always)]
-fn product_ahead<W: Weights, const G: usize, const HALF: bool>(
+fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
 ) -> Sums<G, 1> {
     let mut sums = [[[0.0; 4]; 1]; G];
     let mut next = Next::new(block, shape);
-    let mut left = shape.in_dim / BLOCK_COLUMNS;
+    let mut left = shape.in_dim / (BLOCKS as u32 * BLOCK_COLUMNS);
     if left > 0 {
         let mut pending = W::none::<G, 1>();
-        let mut operands = take_operands::<W, G, 1, HALF>(lane, &next);
-        let mut others = operands;
-        // The two take turns by name: exchanged, they would be copied.
-        let mut turn = |now: &Operands<W, G, 1>, then: &mut Operands<W, G, 1>| {
-            left -= 1;
-            let is_page_end = next.advance(block, shape);
-            if left > 0 {
-                *then = take_operands::<W, G, 1, HALF>(lane, &next);
+        let mut multiply = |operands: &[Operands<W, G>; BLOCKS], is_page_end: bool| {
+            for (inputs, weights) in operands {
+                let products = W::multiply::<G, 1, HALF>(&mut sums, inputs, weights);
+                W::settle(&mut sums, &pending);
+                pending = products;
             }
-            let products = W::multiply::<G, 1, HALF>(&mut sums, &now.0, &now.1);
-            W::settle(&mut sums, &pending);
-            pending = products;
             if is_page_end {
                 block.pages.release(block.warp_lane());
             }
-            left > 0
         };
-        while turn(&operands, &mut others) && turn(&others, &mut operands) {}
+        let mut advance = |next: &mut Next| {
+            left -= 1;
+            let is_page_end = if const { fills_page::<W>(G, HALF, BLOCKS) } {
+                next.advance::<true>(block, shape, BLOCKS as u32)
+            } else {
+                next.advance::<false>(block, shape, BLOCKS as u32)
+            };
+            (left == 0, is_page_end)
+        };
+        // The two take turns by name: exchanged, they would be copied.
+        let mut operands = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+        loop {
+            let (is_last, is_page_end) = advance(&mut next);
+            if is_last {
+                multiply(&operands, is_page_end);
+                break;
+            }
+            let others = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+            multiply(&operands, is_page_end);
+            let (is_last, is_page_end) = advance(&mut next);
+            if is_last {
+                multiply(&others, is_page_end);
+                break;
+            }
+            operands = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+            multiply(&others, is_page_end);
+        }
         W::settle(&mut sums, &pending);
     }
-    if next.first < shape.in_dim {
+    // What is left are fewer blocks, of which the last may have fewer columns.
+    while next.first < shape.in_dim {
         add_last::<W, G, 1, HALF>(&mut sums, lane, shape, &next);
-        block.pages.release(block.warp_lane());
+        if next.advance::<false>(block, shape, 1) {
+            block.pages.release(block.warp_lane());
+        }
     }
     sums
 }
 
-/// The lane's operands of a whole block.
+/// Whether so many blocks of `groups` groups fill a page.
+const fn fills_page<W: Weights>(groups: usize, is_half: bool, blocks: usize) -> bool {
+    let rows = groups as u32 * GROUP_ROWS - if is_half { PAD_ROWS } else { 0 };
+    let page_blocks = Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks();
+    W::FILLS_PAGES && page_blocks == blocks as u32
+}
+
+/// The lane's operands of whole blocks.
 #[inline(always)]
-fn take_operands<W: Weights, const G: usize, const TILES: usize, const HALF: bool>(
+fn take_operands<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
     lane: &Lane,
+    shape: &Shape,
     next: &Next,
-) -> Operands<W, G, TILES> {
-    (take_inputs(lane, next.first), take_groups::<W, G, HALF>(lane, next))
+) -> [Operands<W, G>; BLOCKS] {
+    core::array::from_fn(|idx| {
+        let idx = idx as u32;
+        let address = next.address + idx * shape.block_bytes;
+        let weights = take_groups::<W, G, HALF>(lane, address);
+        (take_inputs(lane, next.first + idx * BLOCK_COLUMNS), weights)
+    })
 }
 
 #[inline(always)]
-fn take_groups<W: Weights, const G: usize, const HALF: bool>(lane: &Lane, next: &Next) -> [W; G] {
-    core::array::from_fn(|idx| {
-        W::take(&lane.places, next.address, idx as u32, HALF && idx + 1 == G)
-    })
+fn take_groups<W: Weights, const G: usize, const HALF: bool>(lane: &Lane, address: u32) -> [W; G] {
+    core::array::from_fn(|idx| W::take(&lane.places, address, idx as u32, HALF && idx + 1 == G))
 }
 
 /// Multiplies a block that may be the last, which has fewer columns.
@@ -314,7 +353,7 @@ fn add_last<W: Weights, const G: usize, const TILES: usize, const HALF: bool>(
     if next.first + lane.warp_column < shape.in_dim {
         let is_inside = next.first + lane.column < shape.in_dim;
         let inputs = if is_inside { take_inputs(lane, next.first) } else { [[0; 4]; TILES] };
-        let weights = take_groups::<W, G, HALF>(lane, next);
+        let weights = take_groups::<W, G, HALF>(lane, next.address);
         W::add::<G, TILES, HALF>(sums, &inputs, &weights);
     }
 }

@@ -45,6 +45,8 @@ impl Places {
 pub(crate) trait Weights: Copy {
     /// Bytes of a lane in a group of 16 rows, or in a fragment of it.
     const LANE_BYTES: u32;
+    /// Whether as many blocks as are multiplied together end where a page does.
+    const FILLS_PAGES: bool = false;
 
     /// Bytes of a block's scales, before its units.
     #[inline(always)]
@@ -95,6 +97,7 @@ pub(crate) struct Bf16([[u32; 4]; 2]);
 
 impl Weights for Bf16 {
     const LANE_BYTES: u32 = LANE_BYTES;
+    const FILLS_PAGES: bool = true;
 
     #[inline(always)]
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Bf16 {
