@@ -26,8 +26,8 @@ pub use self::join::join;
 use self::lane::{KEY_STEP, KEYS, Lane, Numbers, Places};
 use self::scan::{KEYS_AHEAD, VALUES_AHEAD, leave, leave_scores, scan};
 use super::barrier::{sync_compute, sync_warp};
-use super::block::{Block, near};
-use super::memory::{Quad, load_shared};
+use super::block::Block;
+use super::memory::{Quad, load_shared_f32, load_shared_pair};
 use super::{divide, fma, rsqrt, sreg, stamped, warp};
 use crate::machine::{Attention, Machine};
 
@@ -122,7 +122,8 @@ struct Pass {
 }
 
 /// Leaves the pass's queries where the warp reads them, each rotated by the lanes of a key, and
-/// appends the token's key and value if the warp has its position.
+/// appends the token's key and value if the warp has its position. All is requested before the first
+/// value is needed, if there are registers for it.
 #[inline(always)]
 fn rotate<const D: usize, const B: usize, const Q: usize>(
     block: &Block,
@@ -131,60 +132,73 @@ fn rotate<const D: usize, const B: usize, const Q: usize>(
     pass: &Pass,
 ) {
     let lane = &lane.again();
-    let dim = 2 * lane.half;
-    // With two queries, two keys' lanes do the same.
-    let query = lane.key() * Q as u32 / KEYS;
+    let (dim, key) = (2 * lane.half, lane.key());
+    let query = key * Q as u32 / KEYS;
     let head = (pass.query + query).min(Places::numbers(lane).query_count - 1) * dim;
     let appends = pass.query == 0 && lane.has_own::<B>(attention, pass);
-    // Everything is requested before the first value is needed, if there are registers for it.
     let [queries, query_norm] = Places::Queries.get(lane);
     let turns = lane.turns::<D>();
     let ([own_key, own_value], [key_norm, _]) =
         (Places::Own.get(lane), Places::KeyNormAndOut.get(lane));
     let row = queries + u64::from(head) * 4;
     let stamp = stamped::input_stamp(block, 0);
-    // The token's own key and value.
-    let (mut quads, mut own);
-    if appends && D <= VALUES_AHEAD {
-        let [row, key, value] = lane.stamped_rows(block, [row, own_key, own_value], stamp);
-        (quads, own) = (row, [key, value]);
+    if Q == 2 {
+        // With two queries, two keys' lanes would do the same: the second ones take the token's own.
+        let is_own = appends && key % 2 != 0;
+        let own = if key == 1 { own_key } else { own_value };
+        let (row, norm) = if is_own { (own, key_norm) } else { (row, query_norm) };
+        let mut weights = [[0.0; 4]; D];
+        if D <= KEYS_AHEAD {
+            weights = lane.norm_weights(norm);
+        }
+        let [mut quads] = lane.stamped_rows(block, [row], stamp);
+        if appends {
+            lane.append(attention, attention.values, 1, 3, &quads);
+        }
+        if D > KEYS_AHEAD {
+            weights = lane.norm_weights(norm);
+        }
+        turn(lane, attention, norm != 0, &weights, &turns, &mut quads);
+        if key % 2 == 0 {
+            lane.keep(lane.sums() + query * dim * 4, &quads);
+        }
+        if appends {
+            lane.append(attention, attention.keys, 0, 1, &quads);
+        }
     } else {
-        [quads] = lane.stamped_rows(block, [row], stamp);
-        own = [[[0.0; 4]; D]; 2];
-    }
-    turn(lane, attention, query_norm, &turns, &mut quads);
-    if lane.key() % (KEYS / Q as u32) == 0 {
+        let weights = lane.norm_weights::<D>(query_norm);
+        // Lanes of even keys take the token's own key, the others its value.
+        let own_row = if key % 2 == 0 { own_key } else { own_value };
+        let (mut quads, mut own);
+        if appends {
+            [quads, own] = lane.stamped_rows(block, [row, own_row], stamp);
+        } else {
+            [quads] = lane.stamped_rows(block, [row], stamp);
+            own = [[0.0; 4]; D];
+        }
+        turn(lane, attention, query_norm != 0, &weights, &turns, &mut quads);
         lane.keep(lane.sums() + query * dim * 4, &quads);
-    }
-    if appends {
-        // Both together if there are registers for them, which older chips' assemblers find not.
-        let takes_both = D <= KEYS_AHEAD && (cfg!(tilert_sm90) || B == 1);
-        if D > VALUES_AHEAD && takes_both {
-            own = lane.stamped_rows(block, [own_key, own_value], stamp);
-        } else if D > VALUES_AHEAD {
-            [own[1]] = lane.stamped_rows(block, [own_value], stamp);
+        if appends {
+            lane.append(attention, attention.values, 1, 1, &own);
+            let weights = lane.norm_weights::<D>(key_norm);
+            turn(lane, attention, key_norm != 0, &weights, &turns, &mut own);
+            lane.append(attention, attention.keys, 0, 0, &own);
         }
-        lane.append(attention, attention.values, 1, &own[1]);
-        if D > VALUES_AHEAD && !takes_both {
-            [own[0]] = lane.stamped_rows(block, [own_key], stamp);
-        }
-        turn(lane, attention, key_norm, &turns, &mut own[0]);
-        lane.append(attention, attention.keys, 0, &own[0]);
     }
     sync_warp();
 }
 
-/// Normalises a head, if it has a norm, and rotates it; a lane has its columns of it.
+/// Normalises a head, if it has a norm, with its weights, and rotates it; a lane has its columns of it.
 #[inline(always)]
 fn turn<const D: usize>(
     lane: &Lane,
     attention: &Attention,
-    norm: u64,
+    has_norm: bool,
+    weights: &[Quad; D],
     turns: &[Quad; D],
     head: &mut [Quad; D],
 ) {
-    if norm != 0 {
-        let weights = lane.row::<D>(norm);
+    if has_norm {
         let mut sum = 0.0;
         for value in head.as_flattened() {
             sum = fma(*value, *value, sum);
@@ -219,48 +233,47 @@ fn combine<const B: usize, const Q: usize>(
     if pass.query + query >= query_count {
         return;
     }
-    let mut pairs = [[0.0f32; 4]; COMPUTE_WARPS as usize / 2];
-    for (idx, pair) in (0u32..).zip(&mut pairs) {
-        let place = lane.shared + ATTENTION_SCORES + query * COMPUTE_WARPS * 8 + idx * 16;
-        // SAFETY: what two warps have left for the query.
-        *pair = unsafe { load_shared(place) };
-    }
-    let scores = |warp: usize| &pairs[warp / 2][warp % 2 * 2..][..2];
-    let mut largest = f32::NEG_INFINITY;
-    for warp in 0..COMPUTE_WARPS as usize {
-        largest = largest.max(scores(warp)[0]);
-    }
-    let (mut weights, mut total) = ([0.0; COMPUTE_WARPS as usize], 0.0);
-    for (warp, weight) in weights.iter_mut().enumerate() {
-        *weight = block.exp(scores(warp)[0] - largest);
-        total = fma(scores(warp)[1], *weight, total);
-    }
-    // The first warps have positions, and the others have left no sums.
+    // A lane for each warp, and as many again with the same.
+    let of_warp = lane.lane() % COMPUTE_WARPS;
+    let place = lane.shared + ATTENTION_SCORES + (query * COMPUTE_WARPS + of_warp) * 8;
+    // SAFETY: what the warp has left for the query.
+    let [score, sum] = unsafe { load_shared_pair(place) }.map(f32::from_bits);
+    let over_warps = |mut value: f32, join: fn(f32, f32) -> f32| {
+        for mask in [1, 2, 4] {
+            value = join(value, warp::exchange(value, mask));
+        }
+        value
+    };
+    let largest = over_warps(score, f32::max);
+    let weight = block.exp(score - largest);
+    let total = over_warps(sum * weight, |a, b| a + b);
+    // The first warps have positions. The others have left no sums, and no weight.
     let count = attention.position - pass.split * ATTENTION_BLOCK;
-    let last = (count / (KEYS * B as u32)) as usize;
+    let last = count / (KEYS * B as u32);
     let dim = 2 * lane.half;
     let [_, out] = Places::KeyNormAndOut.get(lane);
     let row = (pass.query + query) * SPLIT_ROWS + pass.split;
     let stamp = stamped::output_stamp(block);
-    let leave = |column: u32, value: f32| {
-        let address = out + u64::from(row * split_values + column) * 4;
-        stamped::store(address, value, stamp);
-    };
-    let mut column = part * WARP_LANES + lane.lane();
-    while column < dim {
-        let mut sum = 0.0;
-        for (warp, weight) in weights.iter().enumerate() {
-            if warp <= last {
-                let value = warp as u32 * ATTENTION_VALUES + query * dim + column;
-                sum = fma(near(lane.shared + ATTENTION_SUMS, value), *weight, sum);
-            }
+    let address = |column: u32| out + u64::from(row * split_values + column) * 4;
+    // Lanes exchange weights in each turn.
+    let mut first = part * WARP_LANES;
+    while first < dim {
+        let (column, mut sum) = (first + lane.lane(), 0.0);
+        let place = lane.shared + ATTENTION_SUMS + (query * dim + column.min(dim - 1)) * 4;
+        for warp in 0..COMPUTE_WARPS {
+            let weight = warp::take(weight, warp);
+            let from = if warp <= last { warp * ATTENTION_VALUES * 4 } else { 0 };
+            // SAFETY: what the warp, or the first one, has left.
+            sum = fma(unsafe { load_shared_f32(place + from) }, weight, sum);
         }
-        leave(column, sum);
-        column += COMPUTE_WARPS / Q as u32 * WARP_LANES;
+        if column < dim {
+            stamped::store_stamped(address(column), sum, stamp);
+        }
+        first += COMPUTE_WARPS / Q as u32 * WARP_LANES;
     }
-    if part == 0 && lane.lane() == 0 {
-        leave(dim, largest);
-        leave(dim + 1, total);
+    if part == 0 && lane.lane() < 2 {
+        let value = if lane.lane() == 0 { largest } else { total };
+        stamped::store_stamped(address(dim + lane.lane()), value, stamp);
     }
 }
 

@@ -19,7 +19,7 @@ use super::header::header;
 use super::inputs::Layout;
 use super::memory::{
     Quad, add_shared_u64, generic, load_constant, load_constant_words, load_global,
-    load_shared_f32, load_shared_word, store_shared_word, widen_f16,
+    load_shared_word, store_shared_word, widen_f16,
 };
 use super::record::record;
 use super::ring::PageCursor;
@@ -488,11 +488,4 @@ pub fn widen_words(format: WeightFormat, words: [u32; 4]) -> (Quad, Quad) {
     };
     let [a, b, c, d] = words.map(pair);
     ([a[0], a[1], b[0], b[1]], [c[0], c[1], d[0], d[1]])
-}
-
-/// One value of near memory at a value index from `area`.
-#[inline(always)]
-pub fn near(area: u32, index: u32) -> f32 {
-    // SAFETY: callers stay in areas of the block's memory and order their accesses by `sync`.
-    unsafe { load_shared_f32(area + index * 4) }
 }

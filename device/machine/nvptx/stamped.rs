@@ -233,19 +233,24 @@ pub fn value(block: &Block, address: u64, stamp: u32) -> f32 {
 /// Stores a value at heap address `address`, with a stamp if it has one.
 #[inline(always)]
 pub fn store(address: u64, value: f32, stamp: u32) {
-    let header = header();
-    if is_stamped(&header, address) {
-        let word = u64::from(stamp) << 32 | u64::from(value.to_bits());
-        let place = place(&header, address);
-        // SAFETY: a word of each PE's heap that this lane alone stores.
-        peer::for_each_heap(|distance| unsafe {
-            asm!(concat!("st.relaxed.", scope!(), ".global.b64 [{p}], {w};"),
-                 p = in(reg64) place.wrapping_add(distance), w = in(reg64) word, options(nostack));
-        });
+    if is_stamped(&header(), address) {
+        store_stamped(address, value, stamp);
     } else {
         // SAFETY: a value of the heap that this lane alone stores.
         unsafe { (peer::on_first(address) as *mut f32).write(value) };
     }
+}
+
+/// Stores a value that has a stamp at heap address `address`.
+#[inline(always)]
+pub fn store_stamped(address: u64, value: f32, stamp: u32) {
+    let word = u64::from(stamp) << 32 | u64::from(value.to_bits());
+    let place = place(&header(), address);
+    // SAFETY: a word of each PE's heap that this lane alone stores.
+    peer::for_each_heap(|distance| unsafe {
+        asm!(concat!("st.relaxed.", scope!(), ".global.b64 [{p}], {w};"),
+             p = in(reg64) place.wrapping_add(distance), w = in(reg64) word, options(nostack));
+    });
 }
 
 /// Stores four adjacent values at heap address `address`, of a multiple of four.

@@ -211,6 +211,12 @@ impl Lane {
         quads
     }
 
+    /// The lane's quads of a norm's weights; zeros if there is no norm.
+    #[inline(always)]
+    pub(super) fn norm_weights<const D: usize>(&self, norm: u64) -> [Quad; D] {
+        if norm == 0 { [[0.0; 4]; D] } else { self.row(norm) }
+    }
+
     /// The lane's quads of rows of stamped values.
     #[inline(always)]
     pub(super) fn stamped_rows<const D: usize, const N: usize>(
@@ -307,17 +313,18 @@ impl Lane {
         }
     }
 
-    /// Keeps the token's own row near, in row `near` of two, and appends it to a plane.
+    /// Keeps the token's own row near, in row `near` of two, and appends it to a plane. The lanes of key
+    /// `from` do, if all have it.
     #[inline(always)]
     pub(super) fn append<const D: usize>(
         &self,
         attention: &Attention,
         plane: Span<f32>,
         near: u32,
+        from: u32,
         quads: &[Quad; D],
     ) {
-        // Every key's lanes have the row.
-        if self.key() != 0 {
+        if self.key() != from {
             return;
         }
         self.keep(self.shared + ATTENTION_ROW + near * HEAD_DIM_MAX * 4, quads);

@@ -109,23 +109,26 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
 ) -> State<D, Q> {
     let mut first = pass.split * ATTENTION_BLOCK;
     let mut state = State { largest: f32::NEG_INFINITY, total: 0.0, sums: [[[0.0; 4]; D]; Q] };
-    let mut is_begun = false;
+    let (mut is_begun, none) = (false, [[[0.0; 4]; D]; B]);
     while first + lane.again().first::<B>() <= attention.position {
         // What the loops around this one could keep is more than there are registers for.
         let (lane, now) = (&lane.again(), sreg::fresh(first));
         let has_own = lane.has_own::<B>(attention, pass);
         let next = next_positions::<B>(now);
+        let goes_on = next + lane.first::<B>() <= attention.position;
         if D > KEYS_AHEAD {
             keys = lane.take(attention, attention.keys, now);
+        } else if D > VALUES_AHEAD {
+            values = lane.take(attention, attention.values, now);
         }
         if has_own {
             lane.take_own(attention, now, 0, &mut keys);
         }
         let sums = scores::<D, B, Q>(lane, &keys);
-        if D <= VALUES_AHEAD {
-            keys = lane.take(attention, attention.keys, next);
-        } else {
+        if D > KEYS_AHEAD {
             values = lane.take(attention, attention.values, now);
+        } else {
+            keys = if goes_on { lane.take(attention, attention.keys, next) } else { none };
         }
         let mut score = Scored::<B, Q>::sum(lane, sums) * Places::numbers(lane).scale;
         if lane.position::<B>(now, Scored::<B, Q>::key(lane)) > attention.position {
@@ -136,9 +139,7 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
         }
         update(block, lane, &mut state, score, &values, is_begun);
         if D <= VALUES_AHEAD {
-            values = lane.take(attention, attention.values, next);
-        } else if D <= KEYS_AHEAD {
-            keys = lane.take(attention, attention.keys, next);
+            values = if goes_on { lane.take(attention, attention.values, next) } else { none };
         }
         (first, is_begun) = (next, true);
     }
