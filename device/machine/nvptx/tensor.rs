@@ -12,9 +12,9 @@
 
 mod weights;
 
-use tilert_mk_shared::packed::{
-    BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, PAD_ROWS, Packing, UNIT_COLUMNS,
-};
+use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COLUMNS};
+#[cfg(not(any(tilert_fp8, tilert_integers)))]
+use tilert_mk_shared::packed::{PAD_ROWS, Packing};
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
@@ -135,10 +135,7 @@ fn narrow<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
     shape: &Shape,
     rows: [u32; 2],
 ) {
-    let sums = match W::FILLS_PAGES {
-        true => product_ahead::<W, G, HALF, BLOCKS>(block, lane, shape),
-        false => product_ahead::<W, G, HALF, 1>(block, lane, shape),
-    };
+    let sums = W::product::<G, HALF, BLOCKS>(block, lane, shape);
     for (idx, [sums]) in (0u32..).zip(&sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
@@ -253,10 +250,12 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
     sums
 }
 
-/// The same with one tile, `BLOCKS` blocks at a time. The next ones' operands are loaded while some are
-/// multiplied, into registers that take turns; with more tiles they would not fit.
+/// The same with one tile and weights that are multiplied as they are, `BLOCKS` blocks at a time. The next
+/// ones' operands are loaded while some are multiplied, into registers that take turns; with more tiles
+/// they would not fit.
+#[cfg(not(any(tilert_fp8, tilert_integers)))]
 #[inline(always)]
-fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
+fn product_together<const G: usize, const HALF: bool, const BLOCKS: usize>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
@@ -265,12 +264,9 @@ fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usi
     let mut next = Next::new(block, shape);
     let mut left = shape.in_dim / (BLOCKS as u32 * BLOCK_COLUMNS);
     if left > 0 {
-        let mut pending = W::none::<G, 1>();
-        let mut multiply = |operands: &[Operands<W, G>; BLOCKS], is_page_end: bool| {
+        let mut multiply = |operands: &[Operands<Bf16, G>; BLOCKS], is_page_end: bool| {
             for (inputs, weights) in operands {
-                let products = W::multiply::<G, 1, HALF>(&mut sums, inputs, weights);
-                W::settle(&mut sums, &pending);
-                pending = products;
+                Bf16::multiply::<G, 1, HALF>(&mut sums, inputs, weights);
             }
             if is_page_end {
                 block.pages.release(block.warp_lane());
@@ -278,7 +274,7 @@ fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usi
         };
         let mut advance = |next: &mut Next| {
             left -= 1;
-            let is_page_end = if const { fills_page::<W>(G, HALF, BLOCKS) } {
+            let is_page_end = if const { fills_page(G, HALF, BLOCKS) } {
                 next.advance::<true>(block, shape, BLOCKS as u32)
             } else {
                 next.advance::<false>(block, shape, BLOCKS as u32)
@@ -286,28 +282,27 @@ fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usi
             (left == 0, is_page_end)
         };
         // The two take turns by name: exchanged, they would be copied.
-        let mut operands = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+        let mut operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
         loop {
             let (is_last, is_page_end) = advance(&mut next);
             if is_last {
                 multiply(&operands, is_page_end);
                 break;
             }
-            let others = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+            let others = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
             multiply(&operands, is_page_end);
             let (is_last, is_page_end) = advance(&mut next);
             if is_last {
                 multiply(&others, is_page_end);
                 break;
             }
-            operands = take_operands::<W, G, HALF, BLOCKS>(lane, shape, &next);
+            operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
             multiply(&others, is_page_end);
         }
-        W::settle(&mut sums, &pending);
     }
     // What is left are fewer blocks, of which the last may have fewer columns.
     while next.first < shape.in_dim {
-        add_last::<W, G, 1, HALF>(&mut sums, lane, shape, &next);
+        add_last::<Bf16, G, 1, HALF>(&mut sums, lane, shape, &next);
         if next.advance::<false>(block, shape, 1) {
             block.pages.release(block.warp_lane());
         }
@@ -316,25 +311,75 @@ fn product_ahead<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usi
 }
 
 /// Whether so many blocks of `groups` groups fill a page.
-const fn fills_page<W: Weights>(groups: usize, is_half: bool, blocks: usize) -> bool {
+#[cfg(not(any(tilert_fp8, tilert_integers)))]
+const fn fills_page(groups: usize, is_half: bool, blocks: usize) -> bool {
     let rows = groups as u32 * GROUP_ROWS - if is_half { PAD_ROWS } else { 0 };
-    let page_blocks = Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks();
-    W::FILLS_PAGES && page_blocks == blocks as u32
+    Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks() == blocks as u32
 }
 
 /// The lane's operands of whole blocks.
+#[cfg(not(any(tilert_fp8, tilert_integers)))]
 #[inline(always)]
-fn take_operands<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
+fn take_all<const G: usize, const HALF: bool, const BLOCKS: usize>(
     lane: &Lane,
     shape: &Shape,
     next: &Next,
-) -> [Operands<W, G>; BLOCKS] {
+) -> [Operands<Bf16, G>; BLOCKS] {
     core::array::from_fn(|idx| {
-        let idx = idx as u32;
-        let address = next.address + idx * shape.block_bytes;
-        let weights = take_groups::<W, G, HALF>(lane, address);
-        (take_inputs(lane, next.first + idx * BLOCK_COLUMNS), weights)
+        let (first, address) = (idx as u32 * BLOCK_COLUMNS, idx as u32 * shape.block_bytes);
+        take_operands::<Bf16, G, HALF>(lane, next.first + first, next.address + address)
     })
+}
+
+/// The same block by block, for weights that it takes many instructions to widen.
+#[cfg(any(tilert_fp8, tilert_integers))]
+#[inline(always)]
+fn product_ahead<W: Weights, const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+) -> Sums<G, 1> {
+    let mut sums = [[[0.0; 4]; 1]; G];
+    let mut next = Next::new(block, shape);
+    let mut left = shape.in_dim / BLOCK_COLUMNS;
+    if left > 0 {
+        let mut pending = W::none::<G, 1>();
+        let mut operands = take_operands::<W, G, HALF>(lane, next.first, next.address);
+        let mut others = operands;
+        // The two take turns by name: exchanged, they would be copied.
+        let mut turn = |now: &Operands<W, G>, then: &mut Operands<W, G>| {
+            left -= 1;
+            let is_page_end = next.advance::<false>(block, shape, 1);
+            if left > 0 {
+                *then = take_operands::<W, G, HALF>(lane, next.first, next.address);
+            }
+            let products = W::multiply::<G, 1, HALF>(&mut sums, &now.0, &now.1);
+            W::settle(&mut sums, &pending);
+            pending = products;
+            if is_page_end {
+                block.pages.release(block.warp_lane());
+            }
+            left > 0
+        };
+        while turn(&operands, &mut others) && turn(&others, &mut operands) {}
+        W::settle(&mut sums, &pending);
+    }
+    if next.first < shape.in_dim {
+        add_last::<W, G, 1, HALF>(&mut sums, lane, shape, &next);
+        block.pages.release(block.warp_lane());
+    }
+    sums
+}
+
+/// The lane's operands of a whole block, whose columns begin at `first`, at a shared address.
+#[inline(always)]
+fn take_operands<W: Weights, const G: usize, const HALF: bool>(
+    lane: &Lane,
+    first: u32,
+    address: u32,
+) -> Operands<W, G> {
+    let weights = take_groups::<W, G, HALF>(lane, address);
+    (take_inputs(lane, first), weights)
 }
 
 #[inline(always)]

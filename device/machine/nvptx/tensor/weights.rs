@@ -17,8 +17,13 @@ pub(crate) use self::codes::Scaled;
 pub(crate) use self::e4m3::E4m3;
 #[cfg(tilert_integers)]
 pub(crate) use self::integers::{Q4, Q8};
+use super::super::block::Block;
 use super::super::memory::{load_shared_pair, load_shared_words};
-use super::Sums;
+#[cfg(any(tilert_fp8, tilert_integers))]
+use super::product_ahead;
+#[cfg(not(any(tilert_fp8, tilert_integers)))]
+use super::product_together;
+use super::{Lane, Shape, Sums};
 
 /// Where a lane's weights of a task are in each block.
 #[derive(Clone, Copy)]
@@ -45,8 +50,6 @@ impl Places {
 pub(crate) trait Weights: Copy {
     /// Bytes of a lane in a group of 16 rows, or in a fragment of it.
     const LANE_BYTES: u32;
-    /// Whether as many blocks as are multiplied together end where a page does.
-    const FILLS_PAGES: bool = false;
 
     /// Bytes of a block's scales, before its units.
     #[inline(always)]
@@ -62,6 +65,13 @@ pub(crate) trait Weights: Copy {
 
     /// Those of group `idx` of the block at `address`, which has 8 rows if `is_half`.
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Self;
+
+    /// Products with one tile of inputs, `BLOCKS` blocks at a time if they are multiplied as they are.
+    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+        block: &Block,
+        lane: &Lane,
+        shape: &Shape,
+    ) -> Sums<G, 1>;
 
     /// Products that are not in the sums yet.
     type Pending<const G: usize, const TILES: usize>: Copy;
@@ -97,7 +107,6 @@ pub(crate) struct Bf16([[u32; 4]; 2]);
 
 impl Weights for Bf16 {
     const LANE_BYTES: u32 = LANE_BYTES;
-    const FILLS_PAGES: bool = true;
 
     #[inline(always)]
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Bf16 {
@@ -113,6 +122,20 @@ impl Weights for Bf16 {
         let address = address + places.whole;
         // SAFETY: this lane's values in a full page.
         Bf16(unsafe { [load_shared_words(address), load_shared_words(address + FRAGMENT_BYTES)] })
+    }
+
+    #[inline(always)]
+    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+        block: &Block,
+        lane: &Lane,
+        shape: &Shape,
+    ) -> Sums<G, 1> {
+        // Where codes have ops too, the compiler has all formats' code in each op before it leaves out what is not
+        // run. With this much of it that takes minutes.
+        #[cfg(any(tilert_fp8, tilert_integers))]
+        return product_ahead::<Bf16, G, HALF>(block, lane, shape);
+        #[cfg(not(any(tilert_fp8, tilert_integers)))]
+        product_together::<G, HALF, BLOCKS>(block, lane, shape)
     }
 
     type Pending<const G: usize, const TILES: usize> = ();

@@ -4,9 +4,10 @@ use core::arch::asm;
 
 use tilert_mk_shared::tile::WARP_LANES;
 
+use super::super::super::block::Block;
 use super::super::super::fma;
 use super::super::super::memory::{load_shared_pair, load_shared_words};
-use super::super::Sums;
+use super::super::{Lane, Shape, Sums, product_ahead};
 use super::{Places, Weights, multiply};
 
 /// A lane's codes of a group of rows in a unit.
@@ -60,6 +61,15 @@ impl<C: Codes> Weights for Scaled<C> {
         let group = address + idx * C::LANE_BYTES * WARP_LANES;
         let codes = C::take(group + if is_half { places.half } else { places.whole }, is_half);
         Scaled { codes, scales: C::scales(address + places.scale, idx, is_half) }
+    }
+
+    #[inline(always)]
+    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+        block: &Block,
+        lane: &Lane,
+        shape: &Shape,
+    ) -> Sums<G, 1> {
+        product_ahead::<Scaled<C>, G, HALF>(block, lane, shape)
     }
 
     type Pending<const G: usize, const TILES: usize> = (Sums<G, TILES>, [[f32; 2]; G]);
