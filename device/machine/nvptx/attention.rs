@@ -166,7 +166,11 @@ fn rotate<const D: usize, const B: usize, const Q: usize>(
             lane.append(attention, attention.keys, 0, 1, &quads);
         }
     } else {
-        let weights = lane.norm_weights::<D>(query_norm);
+        // Older chips' assemblers find no registers for them meanwhile.
+        let mut weights = [[0.0; 4]; D];
+        if cfg!(tilert_sm90) {
+            weights = lane.norm_weights(query_norm);
+        }
         // Lanes of even keys take the token's own key, the others its value.
         let own_row = if key % 2 == 0 { own_key } else { own_value };
         let (mut quads, mut own);
@@ -175,6 +179,9 @@ fn rotate<const D: usize, const B: usize, const Q: usize>(
         } else {
             [quads] = lane.stamped_rows(block, [row], stamp);
             own = [[0.0; 4]; D];
+        }
+        if !cfg!(tilert_sm90) {
+            weights = lane.norm_weights(query_norm);
         }
         turn(lane, attention, query_norm != 0, &weights, &turns, &mut quads);
         lane.keep(lane.sums() + query * dim * 4, &quads);

@@ -118,16 +118,17 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
         let goes_on = next + lane.first::<B>() <= attention.position;
         if D > KEYS_AHEAD {
             keys = lane.take(attention, attention.keys, now);
-        } else if D > VALUES_AHEAD {
+        } else if D > VALUES_AHEAD && cfg!(tilert_sm90) {
             values = lane.take(attention, attention.values, now);
         }
         if has_own {
             lane.take_own(attention, now, 0, &mut keys);
         }
         let sums = scores::<D, B, Q>(lane, &keys);
-        if D > KEYS_AHEAD {
+        if D > KEYS_AHEAD || D > VALUES_AHEAD && !cfg!(tilert_sm90) {
             values = lane.take(attention, attention.values, now);
-        } else {
+        }
+        if D <= KEYS_AHEAD {
             keys = if goes_on { lane.take(attention, attention.keys, next) } else { none };
         }
         let mut score = Scored::<B, Q>::sum(lane, sums) * Places::numbers(lane).scale;
