@@ -104,18 +104,17 @@ fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
     let stamp = stamped::input_stamp(block, 0);
     let lane = Lane { column, warp_column, places, layout, input, stamp };
     let rows = [args.row_count(), count];
-    // Groups, whether the last has 8 rows, and blocks that are multiplied together if there are few rows.
     macro_rules! by_groups {
         ($of:ident) => {
             match (digest.groups / 2, digest.groups % 2 != 0) {
-                (1, false) => $of::<W, 1, false, 4>(block, &lane, &shape, rows),
-                (1, true) => $of::<W, 1, true, 4>(block, &lane, &shape, rows),
-                (2, false) => $of::<W, 2, false, 2>(block, &lane, &shape, rows),
-                (2, true) => $of::<W, 2, true, 2>(block, &lane, &shape, rows),
-                (3, false) => $of::<W, 3, false, 1>(block, &lane, &shape, rows),
-                (3, true) => $of::<W, 3, true, 1>(block, &lane, &shape, rows),
-                (_, false) => $of::<W, 4, false, 1>(block, &lane, &shape, rows),
-                (_, true) => $of::<W, 4, true, 1>(block, &lane, &shape, rows),
+                (1, false) => $of::<W, 1, false>(block, &lane, &shape, rows),
+                (1, true) => $of::<W, 1, true>(block, &lane, &shape, rows),
+                (2, false) => $of::<W, 2, false>(block, &lane, &shape, rows),
+                (2, true) => $of::<W, 2, true>(block, &lane, &shape, rows),
+                (3, false) => $of::<W, 3, false>(block, &lane, &shape, rows),
+                (3, true) => $of::<W, 3, true>(block, &lane, &shape, rows),
+                (_, false) => $of::<W, 4, false>(block, &lane, &shape, rows),
+                (_, true) => $of::<W, 4, true>(block, &lane, &shape, rows),
             }
         };
     }
@@ -129,13 +128,13 @@ fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
 /// One or two tokens: a tile's columns are both tokens' parts. `G` groups of rows, the last of which
 /// has 8 rows if `HALF`.
 #[inline(always)]
-fn narrow<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
+fn narrow<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,
     rows: [u32; 2],
 ) {
-    let sums = W::product::<G, HALF, BLOCKS>(block, lane, shape);
+    let sums = W::product::<G, HALF>(block, lane, shape);
     for (idx, [sums]) in (0u32..).zip(&sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
@@ -143,7 +142,7 @@ fn narrow<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
 
 /// More tokens: a tile for each part.
 #[inline(always)]
-fn wide<W: Weights, const G: usize, const HALF: bool, const BLOCKS: usize>(
+fn wide<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
     lane: &Lane,
     shape: &Shape,

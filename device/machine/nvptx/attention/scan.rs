@@ -109,7 +109,10 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
 ) -> State<D, Q> {
     let mut first = pass.split * ATTENTION_BLOCK;
     let mut state = State { largest: f32::NEG_INFINITY, total: 0.0, sums: [[[0.0; 4]; D]; Q] };
-    let (mut is_begun, none) = (false, [[[0.0; 4]; D]; B]);
+    let none = [[[0.0; 4]; D]; B];
+    // Whether values are asked for before scores: older chips' assemblers find no registers for it.
+    let values_first = D <= KEYS_AHEAD && cfg!(tilert_sm90);
+    let mut is_begun = false;
     while first + lane.again().first::<B>() <= attention.position {
         // What the loops around this one could keep is more than there are registers for.
         let (lane, now) = (&lane.again(), sreg::fresh(first));
@@ -118,14 +121,15 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
         let goes_on = next + lane.first::<B>() <= attention.position;
         if D > KEYS_AHEAD {
             keys = lane.take(attention, attention.keys, now);
-        } else if D > VALUES_AHEAD && cfg!(tilert_sm90) {
+        }
+        if D > VALUES_AHEAD && values_first {
             values = lane.take(attention, attention.values, now);
         }
         if has_own {
             lane.take_own(attention, now, 0, &mut keys);
         }
         let sums = scores::<D, B, Q>(lane, &keys);
-        if D > KEYS_AHEAD || D > VALUES_AHEAD && !cfg!(tilert_sm90) {
+        if D > VALUES_AHEAD && !values_first {
             values = lane.take(attention, attention.values, now);
         }
         if D <= KEYS_AHEAD {

@@ -66,8 +66,8 @@ pub(crate) trait Weights: Copy {
     /// Those of group `idx` of the block at `address`, which has 8 rows if `is_half`.
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Self;
 
-    /// Products with one tile of inputs, `BLOCKS` blocks at a time if they are multiplied as they are.
-    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+    /// Products with one tile of inputs.
+    fn product<const G: usize, const HALF: bool>(
         block: &Block,
         lane: &Lane,
         shape: &Shape,
@@ -125,7 +125,7 @@ impl Weights for Bf16 {
     }
 
     #[inline(always)]
-    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+    fn product<const G: usize, const HALF: bool>(
         block: &Block,
         lane: &Lane,
         shape: &Shape,
@@ -135,7 +135,11 @@ impl Weights for Bf16 {
         #[cfg(any(tilert_fp8, tilert_integers))]
         return product_ahead::<Bf16, G, HALF>(block, lane, shape);
         #[cfg(not(any(tilert_fp8, tilert_integers)))]
-        product_together::<G, HALF, BLOCKS>(block, lane, shape)
+        match G {
+            1 => product_together::<G, HALF, 4>(block, lane, shape),
+            2 => product_together::<G, HALF, 2>(block, lane, shape),
+            _ => product_together::<G, HALF, 1>(block, lane, shape),
+        }
     }
 
     type Pending<const G: usize, const TILES: usize> = ();

@@ -64,7 +64,7 @@ impl<C: Codes> Weights for Scaled<C> {
     }
 
     #[inline(always)]
-    fn product<const G: usize, const HALF: bool, const BLOCKS: usize>(
+    fn product<const G: usize, const HALF: bool>(
         block: &Block,
         lane: &Lane,
         shape: &Shape,
