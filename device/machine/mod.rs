@@ -167,6 +167,10 @@ pub trait Machine {
     /// which are in the first one's alone.
     const HAS_PEERS: bool = false;
 
+    /// Whether attention tasks merge splits: with stamps and in a step where a token has more than
+    /// `Dims::late_splits_max`.
+    const JOINS: bool = false;
+
     /// Whether tokens of a sequence go to `attend_run` together, not each to `attend`; without stamps alone.
     const ATTENDS_RUNS: bool = false;
 
@@ -335,14 +339,8 @@ pub trait Machine {
         best: impl Fn(usize) -> BestPlace,
     );
 
-    /// Whether the attention task that runs merges splits: with stamps and in a step where a token has
-    /// more than `Dims::late_splits_max`.
-    fn joins(&self) -> bool {
-        false
-    }
-
     /// Collective: merges what `attend` of all parts of a KV head leaves, as `Join` says; only where
-    /// `joins` says so.
+    /// `JOINS` says so.
     fn join(&self, _join: &Join<impl Fn(usize) -> u32>) {}
 
     /// Collective: merges the `split_count` attention splits of each of a token's heads, in order,

@@ -22,7 +22,7 @@ const STEP: u32 = 2;
 const STOP: u32 = 3;
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>) -> Result<(), Stopped> {
     // `Sample` has just looked at the mailbox.
     let mut looks = 0;
     loop {

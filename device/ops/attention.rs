@@ -17,7 +17,7 @@ use crate::worker::{Claim, Worker};
 const VALUE_BYTES: u32 = size_of::<f32>() as u32;
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let step = super::step(worker);
     // The memory of input rows is about to be used.
     worker.keep_prologue(0);
@@ -42,7 +42,7 @@ pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
         }
         token_idx += 1;
     }
-    if worker.machine.joins() {
+    if M::JOINS {
         join(worker, claim);
     }
     worker.announce(claim);

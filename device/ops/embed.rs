@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::worker::{Claim, Worker};
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let args = EmbedArgs::unpack(claim.task);
     let dim = u64::from(worker.header().dims.hidden_dim);
     let step_view = super::step(worker);

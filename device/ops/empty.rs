@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::worker::{Claim, Worker};
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     let args = EmptyArgs::unpack(&worker.machine.record(claim.task));
     if M::HAS_STAMPS && args.to != 0 {
         let from = worker.heap(args.from, args.count.into());

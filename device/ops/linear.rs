@@ -10,7 +10,7 @@ use crate::machine::{BestPlace, Finish, Machine, Rows};
 use crate::worker::{Claim, Worker};
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>, claim: &Claim) {
     if worker.is_too_late(claim) {
         return;
     }

@@ -1,11 +1,11 @@
 //! The ops: what each opcode does, in code that all lanes of a worker run together.
 
-mod admit;
-mod attention;
-mod embed;
-mod empty;
-mod linear;
-mod sample;
+pub(crate) mod admit;
+pub(crate) mod attention;
+pub(crate) mod embed;
+pub(crate) mod empty;
+pub(crate) mod linear;
+pub(crate) mod sample;
 
 use crate::machine::Machine;
 use crate::machine::memory::Span;

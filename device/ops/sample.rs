@@ -53,7 +53,7 @@ impl Job {
 }
 
 #[inline(always)]
-pub(super) fn run<M: Machine>(worker: &Worker<M>) {
+pub(crate) fn run<M: Machine>(worker: &Worker<M>) {
     let machine = worker.machine;
     let step_view = super::step(worker);
     let step = step_view.get(0);

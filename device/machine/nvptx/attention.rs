@@ -27,25 +27,35 @@ use self::lane::{KEY_STEP, KEYS, Lane, Numbers, Places};
 use self::scan::{KEYS_AHEAD, VALUES_AHEAD, leave, leave_scores, scan};
 use super::barrier::{sync_compute, sync_warp};
 use super::block::Block;
+use super::kind;
 use super::memory::{Quad, load_shared_f32, load_shared_pair};
-use super::{divide, fma, rsqrt, sreg, stamped, warp};
-use crate::machine::{Attention, Machine};
+use super::{divide, exp, fma, rsqrt, sreg, stamped, warp};
+use crate::machine::Attention;
 
 const _: () = assert!(HEAD_DIM_MAX <= 2 * 4 * KEY_STEP);
 const _: () = assert!(ATTENTION_QUERIES == 4 && 4 * 2 * 2 * KEY_STEP <= ATTENTION_VALUES);
 const _: () = assert!(2 * HEAD_DIM_MAX <= ATTENTION_VALUES);
 
-/// What the compiler knows of a model's heads when it compiles the op: it bounds the values that a
-/// lane keeps in registers.
+/// Attention of heads of up to 64 values.
+pub type Short<const JOINS: bool> = kind::Attention<2, 2, 4, JOINS>;
+/// Of up to 128 values, one or two queries for each key.
+pub type Pairs<const JOINS: bool> = kind::Attention<4, 2, 2, JOINS>;
+/// Of up to 128 values.
+pub type Middle<const JOINS: bool> = kind::Attention<4, 1, 4, JOINS>;
+/// Of longer heads.
+pub type Long<const JOINS: bool> = kind::Attention<8, 1, 2, JOINS>;
+
+/// What is known of a model's heads when the op is compiled: it bounds the values that a lane keeps in
+/// registers.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Heads {
-    /// Up to 64 values.
+    /// See the type of this name, likewise the others.
     Short,
-    /// Up to 128 values, one or two queries for each key.
+    /// See `Short`.
     Pairs,
-    /// Up to 128 values.
+    /// See `Short`.
     Middle,
-    /// Longer ones.
+    /// See `Short`.
     Long,
 }
 
@@ -62,20 +72,10 @@ impl Heads {
     }
 }
 
-/// See `Machine::attend`: `D` loads of a lane for each key, `B` keys and `Q` queries at once.
+/// See `Machine::attend`: splits one after the other, and of each `Q` queries at a time, with `D` loads of a
+/// lane for each key and `B` keys at once.
 #[inline(always)]
-pub fn attend(block: &Block, attention: &Attention) {
-    match block.kind.heads {
-        Heads::Short => attend_splits::<2, 2, 4>(block, attention),
-        Heads::Pairs => attend_splits::<4, 2, 2>(block, attention),
-        Heads::Middle => attend_splits::<4, 1, 4>(block, attention),
-        Heads::Long => attend_splits::<8, 1, 2>(block, attention),
-    }
-}
-
-/// Splits one after the other, and of each `Q` queries at a time.
-#[inline(always)]
-fn attend_splits<const D: usize, const B: usize, const Q: usize>(
+pub fn attend<const D: usize, const B: usize, const Q: usize>(
     block: &Block,
     attention: &Attention,
 ) {
@@ -102,7 +102,7 @@ fn attend_splits<const D: usize, const B: usize, const Q: usize>(
             }
             if first + lane.first::<B>() <= attention.position {
                 rotate::<D, B, Q>(block, &lane, attention, &pass);
-                let state = scan::<D, B, Q>(block, &lane, attention, &pass, keys, values);
+                let state = scan::<D, B, Q>(&lane, attention, &pass, keys, values);
                 leave::<D, B, Q>(&lane, state);
             } else {
                 leave_scores::<B, Q>(&lane, f32::NEG_INFINITY, 0.0);
@@ -252,7 +252,7 @@ fn combine<const B: usize, const Q: usize>(
         value
     };
     let largest = over_warps(score, f32::max);
-    let weight = block.exp(score - largest);
+    let weight = exp(score - largest);
     let total = over_warps(sum * weight, |a, b| a + b);
     // The first warps have positions. The others have left no sums, and no weight.
     let count = attention.position - pass.split * ATTENTION_BLOCK;

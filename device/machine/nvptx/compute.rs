@@ -12,15 +12,17 @@ use tilert_mk_shared::tile::{
     TASK_SLOT_BYTES, TASK_SLOTS, TASK_WORD, WARP_LANES,
 };
 
-use super::block::{Block, Kind};
+use super::block::Block;
 use super::digest::Digest;
 use super::feed::NO_TASK;
 use super::header::reference_over_calls;
+use super::kind::Loop;
 use super::loader::RECORD_BYTES;
 use super::memory::{
     generic, load_shared_pair, load_shared_word, load_shared_words, shared_base, store_shared,
     store_shared_pair, store_shared_word,
 };
+use super::op_block::OpBlock;
 use super::ring::RingCursor;
 use super::{barrier, peer, sreg, step};
 use crate::worker::{Claim, Progress, Worker};
@@ -44,13 +46,17 @@ pub fn run() {
 
 /// The block as the loop around ops sees it.
 #[inline(always)]
-fn loop_block(shared: u32, thread_idx: u32) -> Block {
-    Block::new(thread_idx, shared, reference_over_calls(shared), Kind::NONE, LOOP_WORDS)
+fn loop_block(shared: u32, thread_idx: u32) -> OpBlock<Loop> {
+    OpBlock::new(thread_idx, shared, reference_over_calls(shared), LOOP_WORDS)
 }
 
 /// Its worker.
 #[inline(always)]
-fn loop_worker(shared: u32, block: &Block, progress: Progress) -> Worker<'_, Block> {
+fn loop_worker(
+    shared: u32,
+    block: &OpBlock<Loop>,
+    progress: Progress,
+) -> Worker<'_, OpBlock<Loop>> {
     // SAFETY: by the contract of the kernel; blocks have different indices.
     unsafe { Worker::new(reference_over_calls(shared), peer::worker_idx(), block, progress) }
 }
@@ -180,7 +186,13 @@ pub fn task_in(slot: u32) -> (u32, u32) {
 
 /// Notes that a task's op begins, and what the turn's end and the next turn need.
 #[inline(always)]
-fn begin(worker: &Worker<Block>, claim: &Claim, now_ns: u64, tasks: &RingCursor, slot: u32) {
+fn begin(
+    worker: &Worker<OpBlock<Loop>>,
+    claim: &Claim,
+    now_ns: u64,
+    tasks: &RingCursor,
+    slot: u32,
+) {
     if worker.machine.thread_idx == 0 {
         let shared = worker.machine.shared;
         // For whoever looks at a block that has stopped.
@@ -219,13 +231,13 @@ fn finish_last() {
 
 /// Ends the task in a slot.
 #[inline(always)]
-fn finish(worker: &Worker<Block>, slot: u32) {
+fn finish(worker: &Worker<OpBlock<Loop>>, slot: u32) {
     // SAFETY: the record in the slot, which is full.
     let task = unsafe { &*(generic(slot) as *const Task) };
     worker.machine.slot.set(slot);
     worker.finish(&Claim::new(task, 0, 0));
     // `finish` has had a barrier: no lane looks at the record any more but this one.
-    let Block { thread_idx, shared, .. } = *worker.machine;
+    let Block { thread_idx, shared, .. } = **worker.machine;
     if thread_idx == 0 {
         let index = (slot - shared - TASK_SLOTS) / TASK_SLOT_BYTES;
         // SAFETY: an initialised barrier.
@@ -286,7 +298,7 @@ fn place(shared: u32, thread_idx: u32) -> u32 {
 /// Leaves what the turn's end and the next turn need. Every lane of the warp has read the last
 /// turn's.
 #[inline(always)]
-fn save(worker: &Worker<Block>, tasks: &RingCursor, slot: u32) {
+fn save(worker: &Worker<OpBlock<Loop>>, tasks: &RingCursor, slot: u32) {
     let (block, progress) = (worker.machine, worker.progress());
     barrier::sync_warp();
     if block.warp_lane() == 0 {

@@ -7,9 +7,10 @@
 use tilert_mk_shared::queue::Cursor;
 use tilert_mk_shared::tile::WARP_LANES;
 
-use super::block::Block;
+use super::kind::Loop;
 use super::loader::RECORD_BYTES;
 use super::memory::load_constant_word;
+use super::op_block::OpBlock;
 use super::warp;
 use crate::worker::Worker;
 
@@ -48,7 +49,7 @@ pub struct Feed {
 impl Feed {
     /// The begin of the worker's queue.
     #[inline(always)]
-    pub fn new(worker: &Worker<Block>, lane: u32) -> Feed {
+    pub fn new(worker: &Worker<OpBlock<Loop>>, lane: u32) -> Feed {
         let (span, header) = (worker.span(worker.worker_idx), worker.header());
         let mut feed = Feed {
             records: header.tasks + u64::from(lane) * WORD_BYTES,

@@ -6,13 +6,14 @@ use tilert_mk_shared::tile::{
 
 use super::barrier::sync_compute;
 use super::best::best_of_warp;
-use super::block::Block;
 use super::header::header;
+use super::kind::Kind;
 use super::memory::{load_shared_f32, store_shared_f32};
-use super::{divide, multiply, peer, rsqrt, sreg, stamped};
+use super::op_block::OpBlock;
+use super::{divide, exp, multiply, peer, rsqrt, sreg, stamped};
 use crate::machine::best::Best;
 use crate::machine::memory::Span;
-use crate::machine::{BestPlace, Finish, Machine};
+use crate::machine::{BestPlace, Finish};
 
 /// A product of a lane. Not an `Option`: what is undefined in it would be kept from task to task.
 struct Item {
@@ -21,11 +22,11 @@ struct Item {
     is_there: bool,
 }
 
-impl Block {
+impl<K: Kind> OpBlock<K> {
     /// With few rows each lane has at most one product: it asks for what that is added to.
     #[inline(always)]
     pub fn expect_residual(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        if !self.kind.is_narrow || !finish.adds {
+        if !K::IS_NARROW || !finish.adds {
             return;
         }
         let Item { token, column, is_there } = self.item(finish);
@@ -41,7 +42,7 @@ impl Block {
     /// Finishes and stores products.
     #[inline(always)]
     pub fn store_finished(&self, finish: &Finish, out: impl Fn(usize) -> Span<f32>) {
-        if self.kind.is_narrow {
+        if K::IS_NARROW {
             let Item { token, column, is_there } = self.item(finish);
             if is_there {
                 let out = out(token as usize);
@@ -66,7 +67,7 @@ impl Block {
     /// Whether the best of the products is left.
     #[inline(always)]
     pub fn leaves_best(&self, finish: &Finish) -> bool {
-        self.kind.leaves_best && finish.leaves_best
+        K::LEAVES_BEST && finish.leaves_best
     }
 
     /// Leaves the best of each token's results, which are in the places of their products: a warp for
@@ -147,7 +148,7 @@ impl Block {
         let mut value = product(index, finish.bias);
         if finish.is_gated {
             let up = product(index + (finish.len * finish.count) as u32, finish.up_bias);
-            value = divide(value, 1.0 + self.exp(-value)) * up;
+            value = divide(value, 1.0 + exp(-value)) * up;
         }
         let value = if finish.adds { old + value } else { value };
         if self.leaves_best(finish) {

@@ -4,7 +4,8 @@ use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{COMPUTE_LANES, HEADER, LOOP_WORDS};
 
 use super::barrier::sync_block;
-use super::block::{Block, Kind};
+use super::kind::Loop;
+use super::op_block::OpBlock;
 use super::{header, loader, memory, peer, sreg};
 use crate::worker::{Progress, Worker};
 
@@ -42,7 +43,7 @@ fn compute() -> ! {
 fn load() -> ! {
     let shared = memory::shared_base();
     let header = header::reference(shared);
-    let block = Block::new(sreg::thread_idx(), shared, header, Kind::NONE, LOOP_WORDS);
+    let block = OpBlock::<Loop>::new(sreg::thread_idx(), shared, header, LOOP_WORDS);
     // SAFETY: by the contract of the kernel; blocks have different indices.
     loader::load(&unsafe { Worker::new(header, peer::worker_idx(), &block, Progress::NONE) });
     sreg::exit()

@@ -17,7 +17,9 @@ use tilert_mk_shared::tile::{
 use super::block::Block;
 use super::digest::{self, Digest};
 use super::feed::{Fed, Feed, NO_TASK};
+use super::kind::Loop;
 use super::memory::{load_shared_word, store_shared_pair, store_shared_word};
+use super::op_block::OpBlock;
 use super::record::record;
 use super::ring::{PageCursor, RingCursor};
 use super::{barrier, copy, sreg, step, warp};
@@ -61,7 +63,7 @@ pub fn init(shared: u32, page_count: u32) {
 
 /// The loading warp's loop.
 #[inline(always)]
-pub fn load(worker: &Worker<Block>) {
+pub fn load(worker: &Worker<OpBlock<Loop>>) {
     let block = worker.machine;
     let lane = block.warp_lane();
     let tasks = RingCursor::tasks(block.shared);

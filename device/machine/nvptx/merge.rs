@@ -3,13 +3,15 @@
 use tilert_mk_shared::limits::SPLIT_ROWS;
 use tilert_mk_shared::program::Dims;
 
-use super::block::{Block, QUAD, TURN};
+use super::block::{QUAD, TURN};
 use super::header::header;
 use super::inputs::put;
+use super::kind::Kind;
 use super::memory::Quad;
+use super::op_block::OpBlock;
 use super::stamped::{self, Looks};
-use super::{divide, fma};
-use crate::machine::{Machine, Rows};
+use super::{divide, exp, fma};
+use crate::machine::Rows;
 
 /// The score of a split without positions.
 pub const NOTHING: u64 = f32::NEG_INFINITY.to_bits() as u64;
@@ -20,7 +22,14 @@ const SPLITS_AHEAD: usize = 2;
 
 /// Merges the splits of all heads into a row.
 #[inline(always)]
-pub fn merge_heads(block: &Block, dims: &Dims, splits: u64, count: u32, out: &Rows, row: u32) {
+pub fn merge_heads<K: Kind>(
+    block: &OpBlock<K>,
+    dims: &Dims,
+    splits: u64,
+    count: u32,
+    out: &Rows,
+    row: u32,
+) {
     let dim = dims.kv.head_dim;
     let (pitch, len) = (dims.split_values() * 4, dims.head_count * dim);
     let stamp = stamped::input_stamp(block, 0);
@@ -36,7 +45,7 @@ pub fn merge_heads(block: &Block, dims: &Dims, splits: u64, count: u32, out: &Ro
         });
         let mut first = 0;
         while first < count {
-            let waits = !block.kind.is_narrow && row == 0 && first == 0 && base == start;
+            let waits = !K::IS_NARROW && row == 0 && first == 0 && base == start;
             let looks = if waits { Looks::AfterHint } else { Looks::AtOnce };
             let requested = stamped::wait(block, looks, || {
                 let words = merges.map(|merge| merge.request(first, count, pitch, stamp));
@@ -44,7 +53,7 @@ pub fn merge_heads(block: &Block, dims: &Dims, splits: u64, count: u32, out: &Ro
                 (words.map(|splits| splits.map(stamped::values)), difference)
             });
             for (merge, splits) in merges.iter_mut().zip(&requested) {
-                merge.add(block, splits);
+                merge.add(splits);
             }
             first += SPLITS_AHEAD as u32;
         }
@@ -101,13 +110,13 @@ impl Merge {
 
     /// Adds splits, in their order. The first of all has a score.
     #[inline(always)]
-    fn add(&mut self, block: &Block, splits: &[[f32; 6]; SPLITS_AHEAD]) {
+    fn add(&mut self, splits: &[[f32; 6]; SPLITS_AHEAD]) {
         let largest = splits.iter().fold(self.largest, |largest, split| largest.max(split[4]));
-        let keep = block.exp(self.largest - largest);
+        let keep = exp(self.largest - largest);
         (self.largest, self.total) = (largest, self.total * keep);
         self.merged = self.merged.map(|sum| sum * keep);
         for [sums @ .., score, weight_sum] in splits {
-            let weight = block.exp(score - largest);
+            let weight = exp(score - largest);
             self.total = fma(weight, *weight_sum, self.total);
             for (merged, sum) in self.merged.iter_mut().zip(sums) {
                 *merged = fma(*sum, weight, *merged);

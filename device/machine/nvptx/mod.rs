@@ -17,10 +17,12 @@ pub mod finish;
 pub mod header;
 pub mod inputs;
 pub mod kernel;
+pub mod kind;
 pub mod loader;
 pub mod memory;
 pub mod merge;
 pub mod multiply;
+pub mod op_block;
 pub mod ops;
 pub mod peer;
 pub mod record;
@@ -77,4 +79,11 @@ pub fn exp2(x: f32) -> f32 {
              options(pure, nomem, nostack));
     }
     value
+}
+
+/// `e^x`, by the chip's power of two: within 2 units in the last place of the scaled argument.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let power = if x < -87.0 { 0.0 } else { exp2(x.min(88.0) * core::f32::consts::LOG2_E) };
+    if x.is_nan() { x } else { power }
 }

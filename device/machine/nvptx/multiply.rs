@@ -12,27 +12,40 @@ use tilert_mk_shared::tile::{
     vector_values,
 };
 
-use super::barrier::sync_compute;
 use super::block::{Block, widen_words};
 use super::inputs::{Layout, swizzled};
+use super::kind::{Format, Kind};
 use super::memory::{load_global, load_shared, load_shared_words, store_shared_f32};
-use super::{fma, sreg, tensor, warp};
+use super::op_block::OpBlock;
+use super::{fma, sreg, warp};
 use crate::machine::Rows;
 
 const ROWS: usize = ROWS_PER_WARP as usize;
 const F32: u16 = WeightFormat::F32 as u16;
 const F16: u16 = WeightFormat::F16 as u16;
 
-/// Leaves the partial sums of all products; see `product`.
-#[inline(always)]
-pub fn multiply(block: &Block, task: &Task, x: Rows, count: usize) {
-    let count = count as u32;
-    match block.kind.format {
-        WeightFormat::F32 => by_count::<F32, 4>(block, task, x, count),
-        WeightFormat::F16 => by_count::<F16, 8>(block, task, x, count),
-        _ => tensor::multiply(block, task, x, count),
+/// F32 weights.
+pub struct PlainF32;
+
+impl Format for PlainF32 {
+    const FORMAT: WeightFormat = WeightFormat::F32;
+
+    #[inline(always)]
+    fn multiply<const NARROW: bool>(block: &Block, task: &Task, x: Rows, count: u32) {
+        by_count::<F32, 4>(block, task, x, count);
     }
-    sync_compute();
+}
+
+/// F16 weights.
+pub struct PlainF16;
+
+impl Format for PlainF16 {
+    const FORMAT: WeightFormat = WeightFormat::F16;
+
+    #[inline(always)]
+    fn multiply<const NARROW: bool>(block: &Block, task: &Task, x: Rows, count: u32) {
+        by_count::<F16, 8>(block, task, x, count);
+    }
 }
 
 /// Warps that share a product.
@@ -43,18 +56,18 @@ const fn sharers(format: WeightFormat) -> u32 {
 
 /// Where the partial sums of the product at `index` of `[rows, tokens]` begin.
 #[inline(always)]
-pub fn place(block: &Block, index: u32) -> u32 {
-    block.shared + PARTIALS + index * sharers(block.kind.format) * 4
+pub fn place<K: Kind>(block: &OpBlock<K>, index: u32) -> u32 {
+    block.shared + PARTIALS + index * sharers(K::FORMAT) * 4
 }
 
 /// The product at `index` of `[rows, tokens]`: the warps' partial sums, in their order.
 #[inline(always)]
-pub fn product(block: &Block, index: u32) -> f32 {
+pub fn product<K: Kind>(block: &OpBlock<K>, index: u32) -> f32 {
     let first = place(block, index);
     // SAFETY: partial sums that the warps have left before the last barrier.
     let [a, b, c, d] = unsafe { load_shared(first) };
     let sum = a + b + c + d;
-    if sharers(block.kind.format) == 4 {
+    if sharers(K::FORMAT) == 4 {
         return sum;
     }
     // SAFETY: as above.

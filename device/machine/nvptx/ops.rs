@@ -14,15 +14,26 @@ use tilert_mk_shared::kv::attention_split_count;
 use tilert_mk_shared::task::{LinearArgs, Opcode, Task, WeightFormat};
 use tilert_mk_shared::tile::{NOTICE_WORD, OP_WORDS};
 
-use super::attention::Heads;
+use super::attention::{Heads, Long, Middle, Pairs, Short};
 #[cfg(tilert_sm90)]
 use super::barrier;
-use super::block::{Block, Kind};
 use super::compute::{Kept, Next};
 use super::digest::Digest;
 use super::header::{self, reference};
+#[cfg(tilert_integers)]
+use super::kind::Format;
+use super::kind::{Admit, Embed, Empty, Kind, Linear, Sample};
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
+#[cfg(not(tilert_integers))]
+use super::multiply::{PlainF16, PlainF32};
+use super::op_block::OpBlock;
 use super::record::record;
+#[cfg(not(tilert_integers))]
+use super::tensor::Bf16;
+#[cfg(tilert_fp8)]
+use super::tensor::Fp8;
+#[cfg(tilert_integers)]
+use super::tensor::{Q4, Q8};
 use super::{compute, peer, sreg, stamped, step};
 use crate::worker::{Claim, Progress, Stopped, Worker};
 
@@ -44,7 +55,7 @@ macro_rules! call {
 
 /// Runs the op of the task in the block's slot.
 #[inline(always)]
-pub fn run(worker: &Worker<Block>, opcode: Opcode) -> Result<(), Stopped> {
+pub fn run<K: Kind>(worker: &Worker<OpBlock<K>>, opcode: Opcode) -> Result<(), Stopped> {
     let slot = worker.machine.slot.get();
     match opcode {
         Opcode::Empty => call!(empty, slot),
@@ -103,7 +114,7 @@ fn run_linear(args: &LinearArgs, slot: u32) {
 /// Whether attention merges splits of any token of the step. That is in functions of its own: code
 /// that is passed by costs a short sequence what it costs to fetch instructions further on.
 #[inline(always)]
-fn has_many_splits(worker: &Worker<Block>) -> bool {
+fn has_many_splits<K: Kind>(worker: &Worker<OpBlock<K>>) -> bool {
     let (shared, dims) = (shared_base(), &worker.header().dims);
     let [token_count, _] = step::counts(shared);
     (0..token_count)
@@ -116,25 +127,24 @@ fn has_few_rows(args: &LinearArgs, slot: u32) -> bool {
     args.token_rows.count(step::counts(shared_base())) <= Digest::read(slot).narrow_rows_max
 }
 
-/// Whether a task is a linear one of `kind`, which is of packed weights and few rows.
+/// Whether a task is a linear one of kind `K`, which is of packed weights and few rows.
 #[inline(always)]
-fn is_alike(next: &Next, kind: Kind) -> bool {
+fn is_alike<K: Kind>(next: &Next) -> bool {
     let task = next.head_of();
     let args = LinearArgs::unpack(&task);
     let rows = args.token_rows.count(next.counts);
     // All of it, without a branch for each part.
     (task.opcode == Opcode::Linear as u16)
-        & (args.format == kind.format)
-        & (args.leaves_best() == kind.leaves_best)
+        & (args.format == K::FORMAT)
+        & (args.leaves_best() == K::LEAVES_BEST)
         & (rows <= next.digest.narrow_rows_max)
 }
 
 /// The same of an op that takes tasks whether they leave the best of their results or not.
 #[cfg(tilert_integers)]
 #[inline(always)]
-fn is_integer_alike(next: &Next, format: WeightFormat) -> bool {
-    is_alike(next, Kind::linear(format, true, false))
-        | is_alike(next, Kind::linear(format, true, true))
+fn is_integer_alike<F: Format>(next: &Next) -> bool {
+    is_alike::<Linear<F, true, false>>(next) | is_alike::<Linear<F, true, true>>(next)
 }
 
 /// Whether a task is an empty one that waits for values.
@@ -148,10 +158,10 @@ fn is_passing_on(next: &Next) -> bool {
 /// Runs an op on a worker made from the slot. What it leaves behind goes to shared memory: results
 /// of functions would go to local memory.
 #[inline(always)]
-fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
+fn with_worker<K: Kind>(slot: u32) {
     let shared = shared_base();
     let header = reference(shared);
-    let block = Block::new(sreg::thread_idx(), shared, &header::header(), kind, OP_WORDS);
+    let block = OpBlock::<K>::new(sreg::thread_idx(), shared, &header::header(), OP_WORDS);
     block.pages.go_to(slot);
     block.slot.set(slot);
     if block.warp_lane() == 0 {
@@ -167,18 +177,17 @@ fn with_worker(slot: u32, opcode: Opcode, kind: Kind) {
         let progress = Progress { prologue: kept.prologue(), trace_count, ..Progress::NONE };
         Worker::new(header, peer::worker_idx(), &block, progress)
     };
-    let result = crate::ops::run(opcode, &worker, &Claim::new(task, task_idx, epoch));
-    if result.is_err() {
+    if K::run(&worker, &Claim::new(task, task_idx, epoch)).is_err() {
         // SAFETY: a word of the block's memory.
         unsafe { store_shared_word(shared_base() + NOTICE_WORD, 1) };
     }
 }
 
 macro_rules! op {
-    ($name:ident, $opcode:ident, $kind:expr) => {
+    ($name:ident, $kind:ty) => {
         #[inline(never)]
         fn $name(slot: u32) {
-            with_worker(slot, Opcode::$opcode, $kind);
+            with_worker::<$kind>(slot);
         }
     };
 }
@@ -186,12 +195,12 @@ macro_rules! op {
 /// The same for short tasks: goes on with those that follow and are alike, since a turn of the loop
 /// takes as long as a short task's product.
 macro_rules! ops {
-    ($name:ident, $opcode:ident, $kind:expr, $is_alike:expr) => {
+    ($name:ident, $kind:ty, $is_alike:expr) => {
         #[inline(never)]
         fn $name(slot: u32) {
             let mut slot = slot;
             loop {
-                with_worker(slot, Opcode::$opcode, $kind);
+                with_worker::<$kind>(slot);
                 // Assemblers for older chips find too few registers for it, in other ops.
                 if !cfg!(tilert_sm90) {
                     return;
@@ -205,53 +214,40 @@ macro_rules! ops {
     };
 }
 
+ops!(empty, Empty, is_passing_on);
+op!(admit, Admit);
+op!(embed, Embed);
 #[cfg(not(tilert_integers))]
-const LINEAR: Kind = Kind::linear(WeightFormat::Bf16, true, false);
+op!(linear_f32, Linear<PlainF32, false, true>);
 #[cfg(not(tilert_integers))]
-const HEAD: Kind = Kind::linear(WeightFormat::Bf16, true, true);
+op!(linear_f16, Linear<PlainF16, false, true>);
+#[cfg(not(tilert_integers))]
+ops!(linear_bf16, Linear<Bf16, true, false>, is_alike::<Linear<Bf16, true, false>>);
+#[cfg(not(tilert_integers))]
+ops!(head_bf16, Linear<Bf16, true, true>, is_alike::<Linear<Bf16, true, true>>);
+#[cfg(not(tilert_integers))]
+op!(linear_bf16_wide, Linear<Bf16, false, true>);
 #[cfg(tilert_fp8)]
-const LINEAR_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, false);
+ops!(linear_fp8, Linear<Fp8, true, false>, is_alike::<Linear<Fp8, true, false>>);
 #[cfg(tilert_fp8)]
-const HEAD_FP8: Kind = Kind::linear(WeightFormat::Fp8, true, true);
-
-ops!(empty, Empty, Kind::NONE, is_passing_on);
-op!(admit, Admit, Kind::NONE);
-op!(embed, Embed, Kind::NONE);
-#[cfg(not(tilert_integers))]
-op!(linear_f32, Linear, Kind::linear(WeightFormat::F32, false, true));
-#[cfg(not(tilert_integers))]
-op!(linear_f16, Linear, Kind::linear(WeightFormat::F16, false, true));
-#[cfg(not(tilert_integers))]
-ops!(linear_bf16, Linear, LINEAR, |next| is_alike(next, LINEAR));
-#[cfg(not(tilert_integers))]
-ops!(head_bf16, Linear, HEAD, |next| is_alike(next, HEAD));
-#[cfg(not(tilert_integers))]
-op!(linear_bf16_wide, Linear, Kind::linear(WeightFormat::Bf16, false, true));
+ops!(head_fp8, Linear<Fp8, true, true>, is_alike::<Linear<Fp8, true, true>>);
 #[cfg(tilert_fp8)]
-ops!(linear_fp8, Linear, LINEAR_FP8, |next| is_alike(next, LINEAR_FP8));
-#[cfg(tilert_fp8)]
-ops!(head_fp8, Linear, HEAD_FP8, |next| is_alike(next, HEAD_FP8));
-#[cfg(tilert_fp8)]
-op!(linear_fp8_wide, Linear, Kind::linear(WeightFormat::Fp8, false, true));
+op!(linear_fp8_wide, Linear<Fp8, false, true>);
 // Head tasks and others share an op: two would be more code.
 #[cfg(tilert_integers)]
-ops!(linear_q8, Linear, Kind::linear(WeightFormat::Q8, true, true), |next| {
-    is_integer_alike(next, WeightFormat::Q8)
-});
+ops!(linear_q8, Linear<Q8, true, true>, is_integer_alike::<Q8>);
 #[cfg(tilert_integers)]
-op!(linear_q8_wide, Linear, Kind::linear(WeightFormat::Q8, false, true));
+op!(linear_q8_wide, Linear<Q8, false, true>);
 #[cfg(tilert_integers)]
-ops!(linear_q4, Linear, Kind::linear(WeightFormat::Q4, true, true), |next| {
-    is_integer_alike(next, WeightFormat::Q4)
-});
+ops!(linear_q4, Linear<Q4, true, true>, is_integer_alike::<Q4>);
 #[cfg(tilert_integers)]
-op!(linear_q4_wide, Linear, Kind::linear(WeightFormat::Q4, false, true));
-op!(attention_short, Attention, Kind::attention(Heads::Short, false));
-op!(attention_pairs, Attention, Kind::attention(Heads::Pairs, false));
-op!(attention, Attention, Kind::attention(Heads::Middle, false));
-op!(attention_long, Attention, Kind::attention(Heads::Long, false));
-op!(attention_short_joining, Attention, Kind::attention(Heads::Short, true));
-op!(attention_pairs_joining, Attention, Kind::attention(Heads::Pairs, true));
-op!(attention_joining, Attention, Kind::attention(Heads::Middle, true));
-op!(attention_long_joining, Attention, Kind::attention(Heads::Long, true));
-op!(sample, Sample, Kind::NONE);
+op!(linear_q4_wide, Linear<Q4, false, true>);
+op!(attention_short, Short<false>);
+op!(attention_pairs, Pairs<false>);
+op!(attention, Middle<false>);
+op!(attention_long, Long<false>);
+op!(attention_short_joining, Short<true>);
+op!(attention_pairs_joining, Pairs<true>);
+op!(attention_joining, Middle<true>);
+op!(attention_long_joining, Long<true>);
+op!(sample, Sample);

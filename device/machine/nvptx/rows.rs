@@ -2,10 +2,12 @@
 
 use tilert_mk_shared::tile::{COMPUTE_WARPS, REDUCTION};
 
-use super::block::{Block, QUAD, TURN, read_quads};
+use super::block::{QUAD, TURN, read_quads};
 use super::header::header;
 use super::inputs::put;
+use super::kind::Kind;
 use super::memory::{Quad, load_shared, store_shared_f32};
+use super::op_block::OpBlock;
 use super::stamped::{self, Looks};
 use super::{fma, warp};
 use crate::machine::Rows;
@@ -20,12 +22,12 @@ const NORM_QUADS: usize = 4;
 /// See `Machine::norm_ahead`.
 pub type NormAhead = (u64, [Quad; NORM_QUADS]);
 
-impl Block {
+impl<K: Kind> OpBlock<K> {
     /// Copies rows to where they are kept near.
     #[inline(always)]
     pub fn copy_rows(&self, from: Rows, count: usize, dim: u32, to: Rows) {
         let stamp = stamped::input_stamp(self, 0);
-        let is_few = self.kind.is_narrow && count as u32 * dim <= FEW_WORDS;
+        let is_few = K::IS_NARROW && count as u32 * dim <= FEW_WORDS;
         let mut looks = if is_few { Looks::AtOnce } else { Looks::AfterHint };
         for row in 0..count as u32 {
             let source = from.values.address() + u64::from(row * from.stride as u32) * 4;

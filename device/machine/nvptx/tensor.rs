@@ -13,28 +13,30 @@
 mod weights;
 
 use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COLUMNS};
-#[cfg(not(any(tilert_fp8, tilert_integers)))]
-use tilert_mk_shared::packed::{PAD_ROWS, Packing};
 use tilert_mk_shared::task::{LinearArgs, Task, WeightFormat};
 use tilert_mk_shared::tile::{COMPUTE_WARPS, INPUTS, PARTIALS, PARTS, WARP_LANES, WIDE_INPUTS};
 
-use self::weights::{Bf16, Places, Weights};
+#[cfg(not(tilert_integers))]
+pub(crate) use self::weights::Bf16;
 #[cfg(tilert_fp8)]
-use self::weights::{E4m3, Scaled};
+pub(crate) use self::weights::Fp8;
+use self::weights::{Places, Weights};
 #[cfg(tilert_integers)]
-use self::weights::{Q4, Q8, Scaled};
+pub(crate) use self::weights::{Q4, Q8};
 use super::barrier::sync_warp;
 use super::block::Block;
 use super::digest::Digest;
 use super::header::header;
 use super::inputs::{Layout, split_pair, swizzled};
+use super::kind::Format;
 use super::memory::{Quad, load_global, load_shared, load_shared_words, store_shared_f32};
+use super::record::record;
 use super::stamped::{self, Looks, Words};
 use super::warp;
-use crate::machine::{Machine, Rows};
+use crate::machine::Rows;
 
 /// What of a task's packing the product needs.
-struct Shape {
+pub(crate) struct Shape {
     /// Columns.
     in_dim: u32,
     /// Blocks of a page.
@@ -44,7 +46,7 @@ struct Shape {
 }
 
 /// What one lane multiplies in every block.
-struct Lane {
+pub(crate) struct Lane {
     /// First of the lane's columns in a block.
     column: u32,
     /// First of the warp's columns in a block.
@@ -57,24 +59,19 @@ struct Lane {
     stamp: u32,
 }
 
-/// Leaves the partial products of all rows, one for each warp, in the area of partials.
-#[inline(always)]
-pub fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
-    // A format that this PTX has no ops for would be compiled for each of them, and then left out.
-    match block.kind.format {
-        #[cfg(tilert_fp8)]
-        WeightFormat::Fp8 => multiply_by::<Scaled<E4m3>>(block, task, x, count),
-        #[cfg(tilert_integers)]
-        WeightFormat::Q8 => multiply_by::<Scaled<Q8>>(block, task, x, count),
-        #[cfg(tilert_integers)]
-        WeightFormat::Q4 => multiply_by::<Scaled<Q4>>(block, task, x, count),
-        _ => multiply_by::<Bf16>(block, task, x, count),
+impl<W: Weights> Format for W {
+    const FORMAT: WeightFormat = W::FORMAT;
+
+    #[inline(always)]
+    fn multiply<const NARROW: bool>(block: &Block, _task: &Task, x: Rows, count: u32) {
+        multiply::<W, NARROW>(block, x, count);
     }
 }
 
+/// Leaves the partial products of all rows, one for each warp, in the area of partials.
 #[inline(always)]
-fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
-    let args = LinearArgs::unpack(&block.record(task));
+fn multiply<W: Weights, const NARROW: bool>(block: &Block, x: Rows, count: u32) {
+    let args = LinearArgs::unpack(&record(block.slot.get()));
     let digest = Digest::read(block.slot.get());
     let shape = Shape {
         in_dim: args.in_dim,
@@ -118,7 +115,7 @@ fn multiply_by<W: Weights>(block: &Block, task: &Task, x: Rows, count: u32) {
             }
         };
     }
-    if block.kind.is_narrow {
+    if NARROW {
         by_groups!(narrow);
     } else {
         by_groups!(wide);
@@ -245,127 +242,6 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
                 }
             }
         }
-    }
-    sums
-}
-
-/// The same with one tile and weights that are multiplied as they are, `BLOCKS` blocks at a time. The next
-/// ones' operands are loaded while some are multiplied, into registers that take turns; with more tiles
-/// they would not fit.
-#[cfg(not(any(tilert_fp8, tilert_integers)))]
-#[inline(always)]
-fn product_together<const G: usize, const HALF: bool, const BLOCKS: usize>(
-    block: &Block,
-    lane: &Lane,
-    shape: &Shape,
-) -> Sums<G, 1> {
-    let mut sums = [[[0.0; 4]; 1]; G];
-    let mut next = Next::new(block, shape);
-    let mut left = shape.in_dim / (BLOCKS as u32 * BLOCK_COLUMNS);
-    if left > 0 {
-        let mut multiply = |operands: &[Operands<Bf16, G>; BLOCKS], is_page_end: bool| {
-            for (inputs, weights) in operands {
-                Bf16::multiply::<G, 1, HALF>(&mut sums, inputs, weights);
-            }
-            if is_page_end {
-                block.pages.release(block.warp_lane());
-            }
-        };
-        let mut advance = |next: &mut Next| {
-            left -= 1;
-            let is_page_end = if const { fills_page(G, HALF, BLOCKS) } {
-                next.advance::<true>(block, shape, BLOCKS as u32)
-            } else {
-                next.advance::<false>(block, shape, BLOCKS as u32)
-            };
-            (left == 0, is_page_end)
-        };
-        // The two take turns by name: exchanged, they would be copied.
-        let mut operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
-        loop {
-            let (is_last, is_page_end) = advance(&mut next);
-            if is_last {
-                multiply(&operands, is_page_end);
-                break;
-            }
-            let others = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
-            multiply(&operands, is_page_end);
-            let (is_last, is_page_end) = advance(&mut next);
-            if is_last {
-                multiply(&others, is_page_end);
-                break;
-            }
-            operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
-            multiply(&others, is_page_end);
-        }
-    }
-    // What is left are fewer blocks, of which the last may have fewer columns.
-    while next.first < shape.in_dim {
-        add_last::<Bf16, G, 1, HALF>(&mut sums, lane, shape, &next);
-        if next.advance::<false>(block, shape, 1) {
-            block.pages.release(block.warp_lane());
-        }
-    }
-    sums
-}
-
-/// Whether so many blocks of `groups` groups fill a page.
-#[cfg(not(any(tilert_fp8, tilert_integers)))]
-const fn fills_page(groups: usize, is_half: bool, blocks: usize) -> bool {
-    let rows = groups as u32 * GROUP_ROWS - if is_half { PAD_ROWS } else { 0 };
-    Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks() == blocks as u32
-}
-
-/// The lane's operands of whole blocks.
-#[cfg(not(any(tilert_fp8, tilert_integers)))]
-#[inline(always)]
-fn take_all<const G: usize, const HALF: bool, const BLOCKS: usize>(
-    lane: &Lane,
-    shape: &Shape,
-    next: &Next,
-) -> [Operands<Bf16, G>; BLOCKS] {
-    core::array::from_fn(|idx| {
-        let (first, address) = (idx as u32 * BLOCK_COLUMNS, idx as u32 * shape.block_bytes);
-        take_operands::<Bf16, G, HALF>(lane, next.first + first, next.address + address)
-    })
-}
-
-/// The same block by block, for weights that it takes many instructions to widen.
-#[cfg(any(tilert_fp8, tilert_integers))]
-#[inline(always)]
-fn product_ahead<W: Weights, const G: usize, const HALF: bool>(
-    block: &Block,
-    lane: &Lane,
-    shape: &Shape,
-) -> Sums<G, 1> {
-    let mut sums = [[[0.0; 4]; 1]; G];
-    let mut next = Next::new(block, shape);
-    let mut left = shape.in_dim / BLOCK_COLUMNS;
-    if left > 0 {
-        let mut pending = W::none::<G, 1>();
-        let mut operands = take_operands::<W, G, HALF>(lane, next.first, next.address);
-        let mut others = operands;
-        // The two take turns by name: exchanged, they would be copied.
-        let mut turn = |now: &Operands<W, G>, then: &mut Operands<W, G>| {
-            left -= 1;
-            let is_page_end = next.advance::<false>(block, shape, 1);
-            if left > 0 {
-                *then = take_operands::<W, G, HALF>(lane, next.first, next.address);
-            }
-            let products = W::multiply::<G, 1, HALF>(&mut sums, &now.0, &now.1);
-            W::settle(&mut sums, &pending);
-            pending = products;
-            if is_page_end {
-                block.pages.release(block.warp_lane());
-            }
-            left > 0
-        };
-        while turn(&operands, &mut others) && turn(&others, &mut operands) {}
-        W::settle(&mut sums, &pending);
-    }
-    if next.first < shape.in_dim {
-        add_last::<W, G, 1, HALF>(&mut sums, lane, shape, &next);
-        block.pages.release(block.warp_lane());
     }
     sums
 }

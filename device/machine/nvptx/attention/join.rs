@@ -9,13 +9,13 @@
 use tilert_mk_shared::limits::{ATTENTION_SPLIT_MAX, SPLIT_ROWS};
 use tilert_mk_shared::tile::{COMPUTE_LANES, WARP_LANES};
 
+use crate::machine::Join;
 use crate::machine::nvptx::barrier::sync_compute;
 use crate::machine::nvptx::block::{Block, QUAD};
 use crate::machine::nvptx::header::header;
 use crate::machine::nvptx::merge::NOTHING;
 use crate::machine::nvptx::stamped::{self, Looks};
-use crate::machine::nvptx::{divide, warp};
-use crate::machine::{Join, Machine};
+use crate::machine::nvptx::{divide, exp, warp};
 
 /// Fours of columns that a block merges at once.
 const GROUPS: u32 = COMPUTE_LANES / ATTENTION_SPLIT_MAX;
@@ -83,7 +83,7 @@ fn merge<F>(
         (stamped::values(words), stamped::difference(&words, stamp))
     });
     let largest = among_splits(score, f32::max);
-    let weight = block.exp(score - largest);
+    let weight = exp(score - largest);
     let sum = |value: f32| among_splits(value * weight, |a, b| a + b);
     let scale = divide(1.0, sum(total));
     let quad = [a, b, c, d].map(|value| sum(value) * scale);

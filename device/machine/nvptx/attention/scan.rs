@@ -5,11 +5,10 @@ use tilert_mk_shared::tile::{ATTENTION_SCORES, COMPUTE_WARPS};
 
 use super::Pass;
 use super::lane::{KEY_LANES, KEY_STEP, KEYS, Lane, Places, Taken};
+use crate::machine::Attention;
 use crate::machine::nvptx::barrier::sync_warp;
-use crate::machine::nvptx::block::Block;
 use crate::machine::nvptx::memory::{Quad, load_shared, store_shared, store_shared_pair};
-use crate::machine::nvptx::{fma, sreg, warp};
-use crate::machine::{Attention, Machine};
+use crate::machine::nvptx::{exp, fma, sreg, warp};
 
 /// From one block of a split's positions to the next.
 const SPLIT_STEP: u32 = ATTENTION_BLOCK * ATTENTION_SPLIT_MAX;
@@ -100,7 +99,6 @@ impl<const B: usize, const Q: usize> Scored<B, Q> {
 /// for them.
 #[inline(always)]
 pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
-    block: &Block,
     lane: &Lane,
     attention: &Attention,
     pass: &Pass,
@@ -142,7 +140,7 @@ pub(super) fn scan<const D: usize, const B: usize, const Q: usize>(
         if has_own {
             lane.take_own(attention, now, 1, &mut values);
         }
-        update(block, lane, &mut state, score, &values, is_begun);
+        update(lane, &mut state, score, &values, is_begun);
         if D <= VALUES_AHEAD {
             values = if goes_on { lane.take(attention, attention.values, next) } else { none };
         }
@@ -189,7 +187,6 @@ fn scores<const D: usize, const B: usize, const Q: usize>(
 /// minus infinity. `is_begun`: there are sums already.
 #[inline(always)]
 fn update<const D: usize, const B: usize, const Q: usize>(
-    block: &Block,
     lane: &Lane,
     state: &mut State<D, Q>,
     score: f32,
@@ -198,9 +195,9 @@ fn update<const D: usize, const B: usize, const Q: usize>(
 ) {
     let lane = &lane.again();
     let largest = Scored::<B, Q>::join(state.largest.max(score), f32::max);
-    let weight = block.exp(score - largest);
+    let weight = exp(score - largest);
     if is_begun {
-        let keep = block.exp(state.largest - largest);
+        let keep = exp(state.largest - largest);
         state.total *= keep;
         for (q, sums) in state.sums.iter_mut().enumerate() {
             let keep = warp::take(keep, Scored::<B, Q>::lane(lane, q, 0));

@@ -1,5 +1,7 @@
 //! Packed weights as a lane takes them, and how they are multiplied: bf16 as they are, codes widened to bf16.
 
+#[cfg(not(tilert_integers))]
+mod bf16;
 #[cfg(any(tilert_fp8, tilert_integers))]
 mod codes;
 #[cfg(tilert_fp8)]
@@ -9,20 +11,15 @@ mod integers;
 
 use core::arch::asm;
 
-use tilert_mk_shared::packed::{FRAGMENT_BYTES, LANE_BYTES};
+use tilert_mk_shared::task::WeightFormat;
 
-#[cfg(any(tilert_fp8, tilert_integers))]
-pub(crate) use self::codes::Scaled;
+#[cfg(not(tilert_integers))]
+pub(crate) use self::bf16::Bf16;
 #[cfg(tilert_fp8)]
-pub(crate) use self::e4m3::E4m3;
+pub(crate) use self::e4m3::Fp8;
 #[cfg(tilert_integers)]
 pub(crate) use self::integers::{Q4, Q8};
 use super::super::block::Block;
-use super::super::memory::{load_shared_pair, load_shared_words};
-#[cfg(any(tilert_fp8, tilert_integers))]
-use super::product_ahead;
-#[cfg(not(any(tilert_fp8, tilert_integers)))]
-use super::product_together;
 use super::{Lane, Shape, Sums};
 
 /// Where a lane's weights of a task are in each block.
@@ -33,6 +30,7 @@ pub(crate) struct Places {
     /// See `whole`.
     pub(crate) half: u32,
     /// Offset of the scale of the lane's first row, if rows have scales.
+    #[cfg_attr(not(any(tilert_fp8, tilert_integers)), expect(dead_code, reason = "bf16 has none"))]
     pub(crate) scale: u32,
 }
 
@@ -48,6 +46,8 @@ impl Places {
 
 /// A lane's weights of a group of rows in a unit.
 pub(crate) trait Weights: Copy {
+    /// Their format.
+    const FORMAT: WeightFormat;
     /// Bytes of a lane in a group of 16 rows, or in a fragment of it.
     const LANE_BYTES: u32;
 
@@ -73,100 +73,13 @@ pub(crate) trait Weights: Copy {
         shape: &Shape,
     ) -> Sums<G, 1>;
 
-    /// Products that are not in the sums yet.
-    type Pending<const G: usize, const TILES: usize>: Copy;
-
-    /// None.
-    fn none<const G: usize, const TILES: usize>() -> Self::Pending<G, TILES>;
-
-    /// Multiplies each group's weights and each tile's inputs, and adds the products to the sums if nothing
-    /// is pending then; the last group has 8 rows if `HALF`.
-    fn multiply<const G: usize, const TILES: usize, const HALF: bool>(
-        sums: &mut Sums<G, TILES>,
-        inputs: &[[u32; 4]; TILES],
-        weights: &[Self; G],
-    ) -> Self::Pending<G, TILES>;
-
-    /// Adds what is pending.
-    fn settle<const G: usize, const TILES: usize>(
-        sums: &mut Sums<G, TILES>,
-        pending: &Self::Pending<G, TILES>,
-    );
-
-    /// Multiplies and adds the products to the sums at once.
+    /// Multiplies each group's weights and each tile's inputs, and adds the products to the sums; the last
+    /// group has 8 rows if `HALF`.
     fn add<const G: usize, const TILES: usize, const HALF: bool>(
         sums: &mut Sums<G, TILES>,
         inputs: &[[u32; 4]; TILES],
         weights: &[Self; G],
     );
-}
-
-/// Bf16: two fragments.
-#[derive(Clone, Copy)]
-pub(crate) struct Bf16([[u32; 4]; 2]);
-
-impl Weights for Bf16 {
-    const LANE_BYTES: u32 = LANE_BYTES;
-
-    #[inline(always)]
-    fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Bf16 {
-        let address = address + idx * 2 * FRAGMENT_BYTES;
-        if is_half {
-            let address = address + places.half;
-            // SAFETY: this lane's values in a full page.
-            let pairs = unsafe {
-                [load_shared_pair(address), load_shared_pair(address + FRAGMENT_BYTES / 2)]
-            };
-            return Bf16(pairs.map(|[a, b]| [a, 0, b, 0]));
-        }
-        let address = address + places.whole;
-        // SAFETY: this lane's values in a full page.
-        Bf16(unsafe { [load_shared_words(address), load_shared_words(address + FRAGMENT_BYTES)] })
-    }
-
-    #[inline(always)]
-    fn product<const G: usize, const HALF: bool>(
-        block: &Block,
-        lane: &Lane,
-        shape: &Shape,
-    ) -> Sums<G, 1> {
-        // Where codes have ops too, the compiler has all formats' code in each op before it leaves out what is not
-        // run. With this much of it that takes minutes.
-        #[cfg(any(tilert_fp8, tilert_integers))]
-        return product_ahead::<Bf16, G, HALF>(block, lane, shape);
-        #[cfg(not(any(tilert_fp8, tilert_integers)))]
-        match G {
-            1 => product_together::<G, HALF, 4>(block, lane, shape),
-            2 => product_together::<G, HALF, 2>(block, lane, shape),
-            _ => product_together::<G, HALF, 1>(block, lane, shape),
-        }
-    }
-
-    type Pending<const G: usize, const TILES: usize> = ();
-
-    #[inline(always)]
-    fn none<const G: usize, const TILES: usize>() {}
-
-    #[inline(always)]
-    fn multiply<const G: usize, const TILES: usize, const HALF: bool>(
-        sums: &mut Sums<G, TILES>,
-        inputs: &[[u32; 4]; TILES],
-        weights: &[Bf16; G],
-    ) {
-        multiply(sums, inputs, &weights.map(|Bf16(fragments)| fragments));
-    }
-
-    #[inline(always)]
-    fn settle<const G: usize, const TILES: usize>(_sums: &mut Sums<G, TILES>, _pending: &()) {}
-
-    #[inline(always)]
-    fn add<const G: usize, const TILES: usize, const HALF: bool>(
-        sums: &mut Sums<G, TILES>,
-        inputs: &[[u32; 4]; TILES],
-        weights: &[Bf16; G],
-    ) {
-        Bf16::multiply::<G, TILES, HALF>(sums, inputs, weights);
-    }
 }
 
 /// `sums += fragments * inputs` for each group and tile.

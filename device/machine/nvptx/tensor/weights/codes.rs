@@ -2,16 +2,20 @@
 
 use core::arch::asm;
 
+use tilert_mk_shared::packed::BLOCK_COLUMNS;
+use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::WARP_LANES;
 
 use super::super::super::block::Block;
 use super::super::super::fma;
 use super::super::super::memory::{load_shared_pair, load_shared_words};
-use super::super::{Lane, Shape, Sums, product_ahead};
+use super::super::{Lane, Next, Operands, Shape, Sums, add_last, take_operands};
 use super::{Places, Weights, multiply};
 
 /// A lane's codes of a group of rows in a unit.
 pub(crate) trait Codes: Copy {
+    /// Their format.
+    const FORMAT: WeightFormat;
     /// Bytes of a lane in a group of 16 rows.
     const LANE_BYTES: u32;
 
@@ -44,6 +48,7 @@ pub(crate) struct Scaled<C> {
 }
 
 impl<C: Codes> Weights for Scaled<C> {
+    const FORMAT: WeightFormat = C::FORMAT;
     const LANE_BYTES: u32 = C::LANE_BYTES;
 
     #[inline(always)]
@@ -69,37 +74,7 @@ impl<C: Codes> Weights for Scaled<C> {
         lane: &Lane,
         shape: &Shape,
     ) -> Sums<G, 1> {
-        product_ahead::<Scaled<C>, G, HALF>(block, lane, shape)
-    }
-
-    type Pending<const G: usize, const TILES: usize> = (Sums<G, TILES>, [[f32; 2]; G]);
-
-    #[inline(always)]
-    fn none<const G: usize, const TILES: usize>() -> Self::Pending<G, TILES> {
-        ([[[0.0; 4]; TILES]; G], [[0.0; 2]; G])
-    }
-
-    #[inline(always)]
-    fn multiply<const G: usize, const TILES: usize, const HALF: bool>(
-        _sums: &mut Sums<G, TILES>,
-        inputs: &[[u32; 4]; TILES],
-        weights: &[Scaled<C>; G],
-    ) -> Self::Pending<G, TILES> {
-        let fragments =
-            core::array::from_fn(|idx| weights[idx].codes.fragments(HALF && idx + 1 == G));
-        let mut unscaled = [[[0.0; 4]; TILES]; G];
-        multiply(&mut unscaled, inputs, &fragments);
-        (unscaled, weights.map(|weights| weights.scales))
-    }
-
-    #[inline(always)]
-    fn settle<const G: usize, const TILES: usize>(
-        sums: &mut Sums<G, TILES>,
-        (unscaled, scales): &Self::Pending<G, TILES>,
-    ) {
-        for (idx, (sums, unscaled)) in sums.iter_mut().zip(unscaled).enumerate() {
-            add_scaled(sums, unscaled, scales[idx]);
-        }
+        product_ahead::<C, G, HALF>(block, lane, shape)
     }
 
     /// Group by group: unscaled products of all would not fit the registers.
@@ -114,6 +89,69 @@ impl<C: Codes> Weights for Scaled<C> {
             multiply(&mut unscaled, inputs, &[weights.codes.fragments(HALF && idx + 1 == G)]);
             add_scaled(sums, &unscaled[0], weights.scales);
         }
+    }
+}
+
+/// Products with one tile. The next block's operands are loaded while one is multiplied, into registers that take
+/// turns.
+#[inline(always)]
+fn product_ahead<C: Codes, const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: &Lane,
+    shape: &Shape,
+) -> Sums<G, 1> {
+    let mut sums = [[[0.0; 4]; 1]; G];
+    let mut next = Next::new(block, shape);
+    let mut left = shape.in_dim / BLOCK_COLUMNS;
+    if left > 0 {
+        let mut pending = ([[[0.0; 4]; 1]; G], [[0.0; 2]; G]);
+        let mut operands = take_operands::<Scaled<C>, G, HALF>(lane, next.first, next.address);
+        let mut others = operands;
+        // The two take turns by name: exchanged, they would be copied.
+        let mut turn = |now: &Operands<Scaled<C>, G>, then: &mut Operands<Scaled<C>, G>| {
+            left -= 1;
+            let is_page_end = next.advance::<false>(block, shape, 1);
+            if left > 0 {
+                *then = take_operands::<Scaled<C>, G, HALF>(lane, next.first, next.address);
+            }
+            let products = unscaled::<C, G, HALF>(&now.0, &now.1);
+            settle(&mut sums, &pending);
+            pending = products;
+            if is_page_end {
+                block.pages.release(block.warp_lane());
+            }
+            left > 0
+        };
+        while turn(&operands, &mut others) && turn(&others, &mut operands) {}
+        settle(&mut sums, &pending);
+    }
+    if next.first < shape.in_dim {
+        add_last::<Scaled<C>, G, 1, HALF>(&mut sums, lane, shape, &next);
+        block.pages.release(block.warp_lane());
+    }
+    sums
+}
+
+/// Products of a block that are not in the sums yet, and their scales.
+type Pending<const G: usize> = (Sums<G, 1>, [[f32; 2]; G]);
+
+/// A block's products with the inputs of one tile.
+#[inline(always)]
+fn unscaled<C: Codes, const G: usize, const HALF: bool>(
+    inputs: &[[u32; 4]; 1],
+    weights: &[Scaled<C>; G],
+) -> Pending<G> {
+    let fragments = core::array::from_fn(|idx| weights[idx].codes.fragments(HALF && idx + 1 == G));
+    let mut products = [[[0.0; 4]; 1]; G];
+    multiply(&mut products, inputs, &fragments);
+    (products, weights.map(|weights| weights.scales))
+}
+
+/// Adds what is pending.
+#[inline(always)]
+fn settle<const G: usize>(sums: &mut Sums<G, 1>, (products, scales): &Pending<G>) {
+    for (idx, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
+        add_scaled(sums, products, scales[idx]);
     }
 }
 

@@ -1,19 +1,24 @@
 //! E4M3.
 
 use tilert_mk_shared::packed::{HALF_COLUMNS, LANE_BYTES, UNIT_COLUMNS};
+use tilert_mk_shared::task::WeightFormat;
 
 use super::super::super::memory::load_shared_f32;
-use super::codes::{Codes, raised, spread_out, take_words};
+use super::codes::{Codes, Scaled, raised, spread_out, take_words};
 
 /// Two bf16 of 2^120. The exponents of E4M3 are smaller by as much. Its subnormal numbers are such
 /// of bf16 before: both lie in the range of the smallest exponent.
 const POWER_120: u32 = 0x7b80_7b80;
+
+/// With scales.
+pub(crate) type Fp8 = Scaled<E4m3>;
 
 /// E4M3: four words, or two of 8 rows.
 #[derive(Clone, Copy)]
 pub(crate) struct E4m3([u32; 4]);
 
 impl Codes for E4m3 {
+    const FORMAT: WeightFormat = WeightFormat::Fp8;
     const LANE_BYTES: u32 = LANE_BYTES;
 
     /// A unit has 32 bytes of a row, and a block two scales.

@@ -2,20 +2,27 @@
 
 use tilert_mk_shared::blocks::Q4_OFFSET;
 use tilert_mk_shared::packed::{LANE_BYTES, Q4_ROW_BYTES, Q8_ROW_BYTES, UNIT_SCALE_BYTES};
+use tilert_mk_shared::task::WeightFormat;
 use tilert_mk_shared::tile::WARP_LANES;
 
 use super::super::super::memory::{load_shared_pair, load_shared_word, widen_f16};
 use super::super::super::sreg;
-use super::codes::{Codes, fma_pair, raised, spread_out, take_words};
+use super::codes::{Codes, Scaled, fma_pair, raised, spread_out, take_words};
 
 /// Two bf16 of 2^127.
 const POWER_127: u32 = 0x7f00_7f00;
 
+/// Integers of 8 bits with scales.
+pub(crate) type Q8 = Scaled<Bytes>;
+/// Integers of 4 bits with scales.
+pub(crate) type Q4 = Scaled<Nibbles>;
+
 /// Integers of 8 bits: four words, or two of 8 rows.
 #[derive(Clone, Copy)]
-pub(crate) struct Q8([u32; 4]);
+pub(crate) struct Bytes([u32; 4]);
 
-impl Codes for Q8 {
+impl Codes for Bytes {
+    const FORMAT: WeightFormat = WeightFormat::Q8;
     const LANE_BYTES: u32 = LANE_BYTES;
 
     #[inline(always)]
@@ -24,8 +31,8 @@ impl Codes for Q8 {
     }
 
     #[inline(always)]
-    fn take(address: u32, is_half: bool) -> Q8 {
-        Q8(take_words(address, is_half))
+    fn take(address: u32, is_half: bool) -> Bytes {
+        Bytes(take_words(address, is_half))
     }
 
     /// A magnitude becomes a subnormal bf16, a multiple of 2^-133, times 2^127.
@@ -47,9 +54,10 @@ impl Codes for Q8 {
 
 /// Integers of 4 bits: two words, or one of 8 rows.
 #[derive(Clone, Copy)]
-pub(crate) struct Q4([u32; 2]);
+pub(crate) struct Nibbles([u32; 2]);
 
-impl Codes for Q4 {
+impl Codes for Nibbles {
+    const FORMAT: WeightFormat = WeightFormat::Q4;
     const LANE_BYTES: u32 = LANE_BYTES / 2;
 
     #[inline(always)]
@@ -58,9 +66,9 @@ impl Codes for Q4 {
     }
 
     #[inline(always)]
-    fn take(address: u32, is_half: bool) -> Q4 {
+    fn take(address: u32, is_half: bool) -> Nibbles {
         // SAFETY: this lane's codes in a full page.
-        Q4(unsafe {
+        Nibbles(unsafe {
             if is_half { [load_shared_word(address), 0] } else { load_shared_pair(address) }
         })
     }
