@@ -6,6 +6,7 @@
 //! Weights are named by index into `Program::tensors`, with a byte offset: `(index + 1) << 40 |
 //! offset`. The host replaces the names by addresses when it has loaded the weights.
 
+mod apart;
 mod dims;
 mod empty;
 mod formats;
@@ -23,10 +24,11 @@ use tilert_mk_shared::task::{
 
 use crate::config::ModelConfig;
 use crate::graph::{Graph, Kind, Linear, Matrix, TensorIdx, Value};
-use crate::place::{StageCosts, place};
+use crate::place::{Homes, Stage, place};
 use crate::schedule::queues;
 use crate::validate::{ValidateError, check_dims, validate};
 
+use self::apart::Apart;
 use self::dims::dims;
 
 pub use self::empty::{EmptyShape, lower_empty};
@@ -185,6 +187,8 @@ struct Edge {
     signal: EventId,
     /// See `Task::is_announced`.
     is_announced: bool,
+    /// Who gets its tasks.
+    homes: Homes,
 }
 
 struct Builder<'a> {
@@ -196,8 +200,9 @@ struct Builder<'a> {
     names: Vec<String>,
     homes: Vec<u32>,
     event_arrivals: Vec<u32>,
-    /// Costs of the stages that are dealt to all workers.
-    costs: Vec<StageCosts>,
+    /// The stages that are dealt to workers.
+    stages: Vec<Stage>,
+    apart: Apart,
     rows_max: u32,
     head_task_count: u32,
     /// Event of the stage before the head's.
@@ -222,7 +227,8 @@ impl<'a> Builder<'a> {
             names: Vec::new(),
             homes: Vec::new(),
             event_arrivals: vec![0; 2],
-            costs: Vec::new(),
+            stages: Vec::new(),
+            apart: Apart::new(graph, dims, options),
             rows_max: 1,
             head_task_count: 0,
             before_head: EventId::NONE,
@@ -266,7 +272,8 @@ impl<'a> Builder<'a> {
                 Kind::Attention { .. } => true,
                 Kind::Embed { .. } => false,
             });
-            let edge = Edge { wait: ready, signal: done, is_announced };
+            let homes = self.apart.homes(graph, idx);
+            let edge = Edge { wait: ready, signal: done, is_announced, homes };
             match &operator.kind {
                 Kind::Embed { table } => {
                     let (format, hidden) = (self.options.stored_format, self.plan.hidden);
@@ -305,9 +312,13 @@ impl<'a> Builder<'a> {
         if leaves_best {
             self.before_head = edge.wait;
         }
-        let stage_idx = self.costs.len() as u32;
-        let mut costs = StageCosts::new();
-        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, format)) {
+        let stage_idx = self.stages.len() as u32;
+        let mut costs = Vec::new();
+        let workers = match edge.homes {
+            Homes::Others => self.options.worker_count - self.apart.worker_count,
+            _ => self.options.worker_count,
+        };
+        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, format, workers)) {
             let args = LinearArgs {
                 prologue: linear.prologue,
                 epilogue: linear.epilogue,
@@ -332,20 +343,21 @@ impl<'a> Builder<'a> {
             costs.push(args.weight_bytes());
             self.push(args.pack(), edge.wait, edge.signal, format!("{name} tile {tile_idx}"));
         }
-        self.costs.push(costs);
+        self.stages.push(Stage { costs, homes: edge.homes });
     }
 
     /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one; rows
     /// that lie in strips, or are packed together, into whole strips or packs but for the last: what
     /// a pack is padded with is read like other rows.
     ///
-    /// As many tiles as `tile_bytes` asks for, then more until every worker has equally many.
+    /// As many tiles as `tile_bytes` asks for, then more until each of `workers` has equally many.
     fn tiles(
         &self,
         linear: &Linear,
         format: WeightFormat,
+        workers: u32,
     ) -> impl Iterator<Item = [u32; 2]> + use<> {
-        let (options, workers) = (self.options, self.options.worker_count);
+        let options = self.options;
         let rows = linear.matrices.iter().map(|matrix| matrix.row_count);
         let (pairs, pair_rows) = match linear.epilogue {
             Epilogue::SiluMul => (rows.min().unwrap_or(0), linear.matrices.len() as u32),
@@ -420,7 +432,8 @@ impl<'a> Builder<'a> {
         let cost = positions * u64::from(kv.head_dim) * 2 * size_of::<f32>() as u64;
         let task_count = kv.kv_head_count * part_count;
         let group = self.dims.heads_per_kv();
-        self.costs.push(vec![cost / u64::from(part_count); task_count as usize]);
+        let costs = vec![cost / u64::from(part_count); task_count as usize];
+        self.stages.push(Stage { costs, homes: Homes::Attention { part_count } });
         for task_idx in 0..task_count {
             let (kv_head_idx, part_idx) = (task_idx / part_count, task_idx % part_count);
             let args = AttentionArgs {
@@ -457,7 +470,7 @@ impl<'a> Builder<'a> {
         let worker_count = self.options.worker_count;
         // What sampling reads if it takes the best.
         let best_bytes = u64::from(self.head_task_count) * size_of::<u64>() as u64;
-        let mut dealt = place(&self.costs, worker_count, best_bytes).into_iter();
+        let mut dealt = place(&self.stages, worker_count, best_bytes, self.apart.parts).into_iter();
         let is_dealt = |task: &Task| {
             [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16).contains(&task.opcode)
         };

@@ -96,6 +96,45 @@ fn packed_rows_stay_together() {
     }
 }
 
+/// How many of a worker's tasks are wanted.
+fn tasks_of(program: &Program, worker: u32, is_wanted: impl Fn(&Task) -> bool) -> usize {
+    let span = program.queue_spans[worker as usize];
+    let entries = &program.queue_entries[span.first as usize..][..span.count as usize];
+    entries.iter().filter(|task_idx| is_wanted(&program.tasks[**task_idx as usize])).count()
+}
+
+#[test]
+fn attention_has_workers_of_its_own_where_qkv_is_small() {
+    for (json, apart) in [(QWEN3_0_6B, 32), (LLAMA_8B, 0)] {
+        let config = ModelConfig::parse(json).unwrap();
+        let options = LowerOptions {
+            is_stamped: true,
+            packed_rows: 8,
+            tile_rows_max: 64,
+            ..options(132, 1 << 20)
+        };
+        let program = lower(&config, &options).unwrap();
+        let is_qkv = |task: &Task| {
+            let is_linear = task.opcode == Opcode::Linear as u16;
+            is_linear && LinearArgs::unpack(task).y == program.plan.qkv
+        };
+        let is_first_part = |task: &Task| {
+            let is_attention = task.opcode == Opcode::Attention as u16;
+            is_attention && AttentionArgs::unpack(task).part_idx < 4
+        };
+        let without: Vec<u32> =
+            (0..132).filter(|worker| tasks_of(&program, *worker, is_qkv) == 0).collect();
+        assert_eq!(without, Vec::from_iter(132 - apart..132));
+        // In each layer the same one; it keeps tasks of each layer that others wait for.
+        let layers = config.layer_count as usize;
+        for worker in without {
+            assert_eq!(tasks_of(&program, worker, is_first_part), layers);
+            let linear = |task: &Task| task.opcode == Opcode::Linear as u16;
+            assert!(tasks_of(&program, worker, linear) > 2 * layers);
+        }
+    }
+}
+
 #[test]
 fn few_workers_get_tiles_of_the_size_asked_for() {
     let tile_bytes = 128 << 10;

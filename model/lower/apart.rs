@@ -1,0 +1,87 @@
+//! Which stages leave the workers of attention's first parts alone.
+//!
+//! A worker of a GPU that has positions to attend to is behind the others: after its rows of QKV it takes up
+//! attention while they already wait for it, and the output projection after that while they have its input.
+//! Whoever has none of those rows is never late. The first parts have positions in every sequence, and later
+//! ones only in longer sequences. What those workers would have multiplied the others do, which takes longer the
+//! more bytes it is, and how a tile fills pages changes too: the limits are from measurements
+//! (`PERFORMANCE.md`, "Attention's own workers"), not derived.
+
+use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
+use tilert_mk_shared::tile::PAGE_BYTES;
+
+use crate::graph::{Graph, Kind, Linear};
+use crate::lower::{Dims, LowerOptions, formats};
+use crate::place::Homes;
+
+/// One worker of as many is kept for attention.
+const WORKERS_OF_ONE: u32 = 4;
+/// Values of a head up to which nothing is kept apart: attention of such heads is short.
+const SHORT_HEAD: u32 = 64;
+/// Bytes of QKV for each worker up to which it leaves attention's workers alone.
+const BEFORE_BYTES_MAX: u64 = 2 * PAGE_BYTES as u64;
+/// Bytes of the output projection for each worker above which it does, and up to which.
+const AFTER_BYTES: [u64; 2] = [2 * PAGE_BYTES as u64, 5 * PAGE_BYTES as u64];
+
+/// What is kept apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Apart {
+    /// Parts of each KV head that have workers of their own.
+    pub(super) parts: u32,
+    /// Those workers.
+    pub(super) worker_count: u32,
+    is_before: bool,
+    is_after: bool,
+}
+
+impl Apart {
+    const NOTHING: Apart = Apart { parts: 0, worker_count: 0, is_before: false, is_after: false };
+
+    /// What is kept apart for a model on the device of `options`: nothing where tiles are not of packs, heads
+    /// are short, or another operator has too few rows for each worker to keep tasks that others wait for.
+    pub(super) fn new(graph: &Graph, dims: &Dims, options: &LowerOptions) -> Apart {
+        let workers = options.worker_count;
+        let parts = (workers / WORKERS_OF_ONE / dims.kv.kv_head_count).min(ATTENTION_SPLIT_MAX);
+        if options.packed_rows <= 1 || dims.kv.head_dim <= SHORT_HEAD || parts == 0 {
+            return Apart::NOTHING;
+        }
+        let bytes = |linear: &Linear| {
+            let rows: u32 = linear.matrices.iter().map(|matrix| matrix.row_count).sum();
+            let format = formats::of_linear(graph, linear, options.format);
+            u64::from(rows) * format.row_bytes(linear.in_dim) / u64::from(workers)
+        };
+        let mut apart =
+            Apart { parts, worker_count: parts * dims.kv.kv_head_count, ..Apart::NOTHING };
+        (apart.is_before, apart.is_after) = (true, true);
+        for (idx, operator) in graph.operators.iter().enumerate() {
+            let Kind::Linear(linear) = &operator.kind else { continue };
+            match near_attention(graph, idx) {
+                [true, _] => apart.is_before &= bytes(linear) <= BEFORE_BYTES_MAX,
+                [_, true] => {
+                    let [least, most] = AFTER_BYTES;
+                    apart.is_after &= (least + 1..=most).contains(&bytes(linear));
+                }
+                _ if linear.matrices.iter().any(|matrix| matrix.row_count < workers) => {
+                    return Apart::NOTHING;
+                }
+                _ => {}
+            }
+        }
+        if apart.is_before || apart.is_after { apart } else { Apart::NOTHING }
+    }
+
+    /// To whom the tasks of operator `idx`, a linear one, go.
+    pub(super) fn homes(&self, graph: &Graph, idx: usize) -> Homes {
+        let [before, after] = near_attention(graph, idx);
+        let is_apart = before && self.is_before || after && self.is_after;
+        if is_apart { Homes::Others } else { Homes::All }
+    }
+}
+
+/// Whether operator `idx` is right before attention, and right after.
+fn near_attention(graph: &Graph, idx: usize) -> [bool; 2] {
+    [idx.checked_add(1), idx.checked_sub(1)].map(|idx| {
+        let operator = idx.and_then(|idx| graph.operators.get(idx));
+        operator.is_some_and(|operator| matches!(operator.kind, Kind::Attention { .. }))
+    })
+}
