@@ -26,4 +26,4 @@ pub mod tile;
 pub mod trace;
 
 /// Version of the layouts in this crate; the kernel refuses a header with another one.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;

@@ -26,7 +26,7 @@
 
 use crate::blocks::{FP8_BLOCK, Q_COLUMNS, Q4_OFFSET};
 use crate::task::WeightFormat;
-use crate::tile::{COMPUTE_WARPS, PAGE_BYTES, WARP_LANES};
+use crate::tile::{COMPUTE_WARPS, WARP_LANES};
 
 /// Columns of a unit.
 pub const UNIT_COLUMNS: u32 = 32;
@@ -169,22 +169,16 @@ impl Packing {
         self.in_dim.div_ceil(BLOCK_COLUMNS)
     }
 
-    /// Blocks of a page.
+    /// Blocks of a page that has room for `room` bytes.
     #[inline]
-    pub const fn page_blocks(&self) -> u32 {
-        PAGE_BYTES / self.block_bytes()
+    pub const fn page_blocks(&self, room: u32) -> u32 {
+        room / self.block_bytes()
     }
 
-    /// Bytes of a page, but for the last.
+    /// Bytes of such a page, but for the last.
     #[inline]
-    pub const fn page_bytes(&self) -> u32 {
-        self.page_blocks() * self.block_bytes()
-    }
-
-    /// Pages.
-    #[inline]
-    pub const fn page_count(&self) -> u32 {
-        self.block_count().div_ceil(self.page_blocks())
+    pub const fn page_bytes(&self, room: u32) -> u32 {
+        self.page_blocks(room) * self.block_bytes()
     }
 
     /// Bytes in all.
@@ -288,7 +282,7 @@ mod tests {
     extern crate std;
 
     use super::*;
-    use crate::tile::TILE_ROWS_MAX;
+    use crate::tile::{CODE_PAGE_BYTES, TILE_ROWS_MAX, page_bytes};
     use std::vec;
 
     #[test]
@@ -373,10 +367,14 @@ mod tests {
         for (row_count, format) in (1..=TILE_ROWS_MAX).flat_map(of) {
             for in_dim in [8, 256, 2048, 14336] {
                 let packing = Packing::new(row_count, in_dim, format);
-                assert!(packing.page_blocks() > 0 && packing.page_bytes() <= PAGE_BYTES);
-                let pages = packing.page_count();
-                assert!(packing.byte_count() <= pages * packing.page_bytes());
-                assert!(packing.byte_count() > (pages - 1) * packing.page_bytes());
+                let (room, blocks) = (page_bytes(format), packing.page_blocks(page_bytes(format)));
+                assert!(blocks > 0 && packing.page_bytes(room) <= room);
+                let pages = packing.block_count().div_ceil(blocks);
+                assert!(packing.byte_count() <= pages * packing.page_bytes(room));
+                assert!(packing.byte_count() > (pages - 1) * packing.page_bytes(room));
+                // Programs whose pages are larger, for other weights, have as many of these blocks in one.
+                let is_bf16 = format == WeightFormat::Bf16;
+                assert!(!is_bf16 || packing.page_blocks(CODE_PAGE_BYTES) == blocks);
             }
         }
     }

@@ -334,8 +334,8 @@ pub struct ProgramHeader {
     /// Devices that run the program together, processing elements (PEs) as in OpenSHMEM: each has a heap
     /// of its own with the same layout, and what others read too is stored in all heaps.
     pub pe_count: u32,
-    /// Keeps the distances aligned.
-    pub reserved: u32,
+    /// Bytes of a page, see `tile::page_bytes`; 0 on the CPU.
+    pub page_bytes: u32,
     /// What to add, modulo 2^64, to an address in this PE's heap to get that of the same place in the
     /// heap of each PE; 0 for itself.
     pub distances: [u64; PE_COUNT_MAX],

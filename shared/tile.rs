@@ -23,8 +23,10 @@ pub const COMPUTE_WARPS: u32 = 8;
 pub const COMPUTE_LANES: u32 = COMPUTE_WARPS * WARP_LANES;
 /// Threads of a block.
 pub const BLOCK_THREADS: u32 = COMPUTE_LANES + WARP_LANES;
-/// Bytes of a page.
+/// Bytes of a page of weights that are not codes of 8 bits.
 pub const PAGE_BYTES: u32 = 32768;
+/// Bytes of a page of codes of 8 bits: with their scales two blocks of 64 rows.
+pub const CODE_PAGE_BYTES: u32 = 34 << 10;
 /// Pages of a ring at most.
 pub const PAGE_COUNT_MAX: u32 = 8;
 /// Tasks that are staged ahead at most.
@@ -72,6 +74,15 @@ pub const fn page_rows(format: WeightFormat) -> u32 {
 /// Bytes of `value_count` f32 values.
 const fn f32_bytes(value_count: u32) -> u32 {
     value_count * 4
+}
+
+/// Bytes of the pages of a program that has weights in a format, if another needs no larger ones.
+#[inline]
+pub const fn page_bytes(format: WeightFormat) -> u32 {
+    match format {
+        WeightFormat::Fp8 | WeightFormat::Q8 => CODE_PAGE_BYTES,
+        _ => PAGE_BYTES,
+    }
 }
 
 /// Offset of the pages' "full" barriers, 8 bytes each.
@@ -144,13 +155,16 @@ pub struct SharedPlan {
     pub input_bytes: u32,
     /// Pages of the ring.
     pub page_count: u32,
+    /// Bytes of each.
+    pub page_bytes: u32,
 }
 
 impl SharedPlan {
-    /// Divides `shared_bytes` for a longest input row of `row_values`; none if they are too few.
+    /// Divides `shared_bytes` for a longest input row of `row_values` and pages of `page_bytes`; none if they
+    /// are too few.
     #[inline]
-    pub const fn new(shared_bytes: u32, row_values: u32) -> Option<SharedPlan> {
-        let least = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * PAGE_BYTES;
+    pub const fn new(shared_bytes: u32, row_values: u32, page_bytes: u32) -> Option<SharedPlan> {
+        let least = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * page_bytes;
         if shared_bytes < least {
             return None;
         }
@@ -160,19 +174,19 @@ impl SharedPlan {
         let input_bytes = if wanted < limit { wanted } else { limit };
         let input_bytes =
             if input_bytes > INPUT_BYTES_MIN { input_bytes } else { INPUT_BYTES_MIN } & !255;
-        let count = (shared_bytes - ring(input_bytes)) / PAGE_BYTES;
+        let count = (shared_bytes - ring(input_bytes)) / page_bytes;
         let page_count = if count < PAGE_COUNT_MAX { count } else { PAGE_COUNT_MAX };
         // What is left lets more rows be near.
-        let left = shared_bytes - ring(input_bytes) - page_count * PAGE_BYTES;
+        let left = shared_bytes - ring(input_bytes) - page_count * page_bytes;
         let input_bytes = (input_bytes + left) & !255;
         let input_bytes = if input_bytes < limit { input_bytes } else { limit & !255 };
-        Some(SharedPlan { input_bytes, page_count })
+        Some(SharedPlan { input_bytes, page_count, page_bytes })
     }
 
     /// Shared memory of a block.
     #[inline]
     pub const fn shared_bytes(&self) -> u32 {
-        ring(self.input_bytes) + self.page_count * PAGE_BYTES
+        ring(self.input_bytes) + self.page_count * self.page_bytes
     }
 }
 
@@ -201,5 +215,7 @@ const _: () = assert!(page_rows(WeightFormat::F16) * CHUNK_COLUMNS * 2 == PAGE_B
 const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_BYTES);
 const _: () = assert!((PARTIALS | INPUTS | WIDE_INPUTS).is_multiple_of(128));
 const _: () = assert!(WIDE_INPUTS < INPUTS + INPUT_BYTES_MIN);
-const _: () =
-    assert!(SharedPlan::new(99 << 10, 8192).is_some(), "GPUs with 99 KiB a block have a ring");
+const _: () = assert!(
+    SharedPlan::new(99 << 10, 8192, PAGE_BYTES).is_some(),
+    "GPUs with 99 KiB a block have a ring"
+);

@@ -8,7 +8,7 @@ use std::path::Path;
 use clap::Args;
 use serde::Serialize;
 use tilert_mk_device::machine::cpu::Isa;
-use tilert_mk_shared::tile::{INPUT_BYTES_MAX, SharedPlan};
+use tilert_mk_shared::tile::{INPUT_BYTES_MAX, PAGE_BYTES, SharedPlan};
 
 use super::output::{Output, pretty_json};
 use crate::driver::cuda::{KERNEL_VARIABLE, Purpose, fitting_kernel, kernels};
@@ -169,7 +169,8 @@ fn of_survey(survey: Survey) -> (Driver, Vec<GpuFindings>) {
 
 /// Pages of a ring with the shortest and with the longest input rows; none if no ring fits.
 fn ring_pages(shared_bytes: u32) -> Option<[u32; 2]> {
-    let page_count = |row_values| Some(SharedPlan::new(shared_bytes, row_values)?.page_count);
+    let page_count =
+        |row_values| Some(SharedPlan::new(shared_bytes, row_values, PAGE_BYTES)?.page_count);
     // A value takes more than a byte, so a row of so many values has all that rows may have.
     Some([page_count(0)?, page_count(INPUT_BYTES_MAX)?])
 }

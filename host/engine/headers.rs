@@ -7,7 +7,7 @@ use tilert_mk_shared::limits::PE_COUNT_MAX;
 use tilert_mk_shared::mailbox::Mailbox;
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::task::Task;
-use tilert_mk_shared::tile::SharedPlan;
+use tilert_mk_shared::tile::{PAGE_BYTES, SharedPlan, page_bytes};
 use tilert_mk_shared::trace::TraceRecord;
 
 use super::EngineOptions;
@@ -31,7 +31,8 @@ pub(super) fn upload(
     let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };
     let trace_bytes = trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
     let prompts = u64::from(dims.kv.slot_count) * u64::from(dims.kv.context_max) * 4;
-    let near = SharedPlan::new(device.profile().shared_bytes, dims.prologue_dim_max);
+    let page_bytes = program.formats().into_iter().map(page_bytes).max().unwrap_or(PAGE_BYTES);
+    let near = SharedPlan::new(device.profile().shared_bytes, dims.prologue_dim_max, page_bytes);
     let shared = ProgramHeader {
         abi_version: ABI_VERSION,
         worker_count,
@@ -42,6 +43,7 @@ pub(super) fn upload(
         page_count: near.map_or(0, |plan| plan.page_count),
         polls_per_look: device.profile().polls_per_look,
         input_bytes: near.map_or(0, |plan| plan.input_bytes),
+        page_bytes: near.map_or(0, |plan| plan.page_bytes),
         wait_ns_max: options.wait_ns_max,
         mailbox: device.reserve_shared("the mailbox", size_of::<Mailbox>() as u64)?,
         prompts: device.reserve_shared("the prompts", prompts)?,

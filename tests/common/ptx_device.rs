@@ -135,7 +135,8 @@ impl PtxDevice {
                 vm.fill(heap + first, 0, end - first).map_err(wrap)?;
             }
         }
-        let near = SharedPlan { input_bytes: header.input_bytes, page_count: header.page_count };
+        let ProgramHeader { input_bytes, page_count, page_bytes, .. } = *header;
+        let near = SharedPlan { input_bytes, page_count, page_bytes };
         // SAFETY: a plain structure of integers and floats without padding.
         let bytes = unsafe {
             std::slice::from_raw_parts(

@@ -46,15 +46,15 @@ pub struct Digest {
 }
 
 impl Digest {
-    /// Of a task with packed weights.
+    /// Of a task with packed weights; `input_bytes` and `page_bytes` are the program's.
     #[inline(always)]
-    pub fn new(args: &LinearArgs, input_bytes: u32) -> Digest {
+    pub fn new(args: &LinearArgs, input_bytes: u32, page_bytes: u32) -> Digest {
         let packing = packing(args);
         let fits = |rows| u32::from(is_narrow(rows, args.in_dim, input_bytes));
         Digest {
             narrow_rows_max: fits(1) + fits(2),
             groups: packing.group_count() * 2 + u32::from(packing.ends_in_half()),
-            page_blocks: packing.page_blocks(),
+            page_blocks: packing.page_blocks(page_bytes),
             unit_bytes: packing.unit_bytes(),
         }
     }

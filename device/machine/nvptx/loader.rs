@@ -83,7 +83,7 @@ pub fn load(worker: &Worker<OpBlock<Loop>>) {
         let is_packed = is_linear & digest::is_packed(&args);
         if lane == 0 {
             let digest = if is_packed {
-                Digest::new(&args, worker.header().input_bytes)
+                Digest::new(&args, worker.header().input_bytes, block.pages.page_bytes())
             } else {
                 Digest::default()
             };
@@ -103,7 +103,7 @@ pub fn load(worker: &Worker<OpBlock<Loop>>) {
         }
         request_norm(lane, &args);
         let goes_on = if is_packed {
-            stream_packed(block, lane, packed(&args), task.signal_event.0)
+            stream_packed(block, lane, packed(&args, block.pages.page_bytes()), task.signal_event.0)
         } else {
             stream(block, lane, &task)
         };
@@ -223,9 +223,9 @@ struct Weights {
 
 /// The packed weights of a task.
 #[inline(always)]
-fn packed(args: &LinearArgs) -> Weights {
+fn packed(args: &LinearArgs, room: u32) -> Weights {
     let packing = digest::packing(args);
-    let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes());
+    let (bytes, page_bytes) = (packing.byte_count(), packing.page_bytes(room));
     Weights { from: args.segments[0].weights, bytes, page_bytes }
 }
 

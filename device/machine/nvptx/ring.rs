@@ -4,7 +4,7 @@ use core::cell::Cell;
 
 use tilert_mk_shared::program::ProgramHeader;
 use tilert_mk_shared::tile::{
-    EMPTY_BARRIERS, FULL_BARRIERS, HEADER, PAGE_BYTES, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS,
+    EMPTY_BARRIERS, FULL_BARRIERS, HEADER, TASK_EMPTY_BARRIERS, TASK_FULL_BARRIERS,
     TASK_SLOT_COUNT, ring,
 };
 
@@ -148,6 +148,8 @@ pub struct PageCursor {
     #[cfg(tilert_sm90)]
     copy_count: Cell<u32>,
     first: u32,
+    #[cfg(any(tilert_fp8, tilert_integers))]
+    page_bytes: u32,
 }
 
 impl PageCursor {
@@ -162,6 +164,8 @@ impl PageCursor {
             #[cfg(tilert_sm90)]
             copy_count: Cell::new(0),
             first: shared + ring(header.input_bytes),
+            #[cfg(any(tilert_fp8, tilert_integers))]
+            page_bytes: header.page_bytes,
         }
     }
 
@@ -189,10 +193,25 @@ impl PageCursor {
         self.copy_count.set(self.copy_count.get() + 1);
     }
 
+    /// Bytes of a page. Without codes in the PTX they are all of one size, which saves what waits for pages a
+    /// register.
+    #[cfg(not(any(tilert_fp8, tilert_integers)))]
+    #[inline(always)]
+    pub fn page_bytes(&self) -> u32 {
+        tilert_mk_shared::tile::PAGE_BYTES
+    }
+
+    /// Bytes of a page.
+    #[cfg(any(tilert_fp8, tilert_integers))]
+    #[inline(always)]
+    pub fn page_bytes(&self) -> u32 {
+        self.page_bytes
+    }
+
     /// Shared address of the page.
     #[inline(always)]
     pub fn address(&self) -> u32 {
-        self.first + self.ring.index.get() * PAGE_BYTES
+        self.first + self.ring.index.get() * self.page_bytes()
     }
 
     /// Waits until the page is full.
@@ -208,7 +227,7 @@ impl PageCursor {
         let is_wrapped = next == self.ring.count;
         let index = if is_wrapped { 0 } else { next };
         wait(self.ring.full + index * 8, self.ring.parity.get() ^ u32::from(is_wrapped));
-        self.first + index * PAGE_BYTES
+        self.first + index * self.page_bytes()
     }
 
     /// Gives the page back and goes on to the next; called by all lanes of each computing warp.

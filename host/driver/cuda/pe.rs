@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use cudarc::driver::result::{self, DriverError, device, primary_ctx, stream};
 use cudarc::driver::sys;
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::tile::{BLOCK_THREADS, SharedPlan};
+use tilert_mk_shared::tile::{BLOCK_THREADS, PAGE_BYTES, SharedPlan};
 
 use super::module::{Loaded, Target};
 use super::{Gpu, wrap};
@@ -35,7 +35,7 @@ impl Pe {
     ///
     /// Errors: a GPU that has too little shared memory; what the driver says.
     pub(super) fn open(gpu: Gpu) -> Result<Pe> {
-        if SharedPlan::new(gpu.shared_bytes, 0).is_none() {
+        if SharedPlan::new(gpu.shared_bytes, 0, PAGE_BYTES).is_none() {
             let bytes = gpu.shared_bytes;
             return Err(Error::Device(format!("{}: {bytes} bytes of shared memory", gpu.name)));
         }
@@ -143,8 +143,8 @@ impl Pe {
         let mut header = *header;
         let mut arguments = [(&raw mut header).cast::<c_void>()];
         let (grid, block) = ((header.pe_worker_count(), 1, 1), (BLOCK_THREADS, 1, 1));
-        let (page_count, input_bytes) = (header.page_count, header.input_bytes);
-        let bytes = SharedPlan { page_count, input_bytes }.shared_bytes();
+        let ProgramHeader { page_count, page_bytes, input_bytes, .. } = header;
+        let bytes = SharedPlan { page_count, page_bytes, input_bytes }.shared_bytes();
         let launch: unsafe fn(_, _, _, _, _, &mut [*mut c_void]) -> _ = if self.gpu.is_cooperative {
             result::launch_cooperative_kernel
         } else {

@@ -4,6 +4,7 @@ use tilert_mk_shared::packed::{
     BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, PAD_ROWS, Packing,
 };
 use tilert_mk_shared::task::WeightFormat;
+use tilert_mk_shared::tile::PAGE_BYTES;
 
 use super::super::super::block::Block;
 use super::super::super::memory::{load_shared_pair, load_shared_words};
@@ -119,7 +120,7 @@ fn product_together<const G: usize, const HALF: bool, const BLOCKS: usize>(
 /// Whether so many blocks of `groups` groups fill a page.
 const fn fills_page(groups: usize, is_half: bool, blocks: usize) -> bool {
     let rows = groups as u32 * GROUP_ROWS - if is_half { PAD_ROWS } else { 0 };
-    Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks() == blocks as u32
+    Packing::new(rows, BLOCK_COLUMNS, WeightFormat::Bf16).page_blocks(PAGE_BYTES) == blocks as u32
 }
 
 /// The lane's operands of whole blocks.
