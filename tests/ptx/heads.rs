@@ -88,6 +88,12 @@ fn heads_of_all_shapes_give_the_logits_of_the_cpu() {
     check((4, 1, 128, "Qwen3"), SHORT, 70, &[(80, 2, 8)]);
 }
 
+/// With nine workers the last two have both parts of positions, and no rows of QKV.
+#[test]
+fn attention_with_workers_of_its_own_gives_the_logits_of_the_cpu() {
+    check((2, 1, 128, "Qwen3"), SHORT, 70, &[(90, 9, 3), (90, 1, 8)]);
+}
+
 /// So many values of queries that attention merges two splits already; in steps of three tokens, one that
 /// has two beside others.
 #[test]
