@@ -7,14 +7,15 @@
 //! more bytes it is, and how a tile fills pages changes too: the limits are from measurements
 //! (`PERFORMANCE.md`, "Attention's own workers"), not derived.
 
-use tilert_mk_shared::limits::ATTENTION_SPLIT_MAX;
 use tilert_mk_shared::tile::PAGE_BYTES;
 
 use crate::graph::{Graph, Kind, Linear};
 use crate::lower::{Dims, LowerOptions, formats};
 use crate::place::Homes;
 
-/// One worker of as many is kept for attention.
+/// Parts of each KV head that are kept apart at most: they have the first 256 positions.
+const PARTS_MAX: u32 = 4;
+/// At most one worker of as many is kept for them.
 const WORKERS_OF_ONE: u32 = 4;
 /// Values of a head up to which nothing is kept apart: attention of such heads is short.
 const SHORT_HEAD: u32 = 64;
@@ -41,7 +42,7 @@ impl Apart {
     /// are short, or another operator has too few rows for each worker to keep tasks that others wait for.
     pub(super) fn new(graph: &Graph, dims: &Dims, options: &LowerOptions) -> Apart {
         let workers = options.worker_count;
-        let parts = (workers / WORKERS_OF_ONE / dims.kv.kv_head_count).min(ATTENTION_SPLIT_MAX);
+        let parts = (workers / WORKERS_OF_ONE / dims.kv.kv_head_count).min(PARTS_MAX);
         if options.packed_rows <= 1 || dims.kv.head_dim <= SHORT_HEAD || parts == 0 {
             return Apart::NOTHING;
         }
