@@ -24,7 +24,7 @@ use tilert_mk_shared::task::{
 
 use crate::config::ModelConfig;
 use crate::graph::{Graph, Kind, Linear, Matrix, TensorIdx, Value};
-use crate::place::{Homes, Stage, place};
+use crate::place::{Stage, place};
 use crate::schedule::queues;
 use crate::validate::{ValidateError, check_dims, validate};
 
@@ -187,8 +187,8 @@ struct Edge {
     signal: EventId,
     /// See `Task::is_announced`.
     is_announced: bool,
-    /// Who gets its tasks.
-    homes: Homes,
+    /// Workers that get its tasks, if it is linear.
+    worker_count: u32,
 }
 
 struct Builder<'a> {
@@ -272,8 +272,8 @@ impl<'a> Builder<'a> {
                 Kind::Attention { .. } => true,
                 Kind::Embed { .. } => false,
             });
-            let homes = self.apart.homes(graph, idx);
-            let edge = Edge { wait: ready, signal: done, is_announced, homes };
+            let worker_count = self.apart.worker_count(graph, idx);
+            let edge = Edge { wait: ready, signal: done, is_announced, worker_count };
             match &operator.kind {
                 Kind::Embed { table } => {
                     let (format, hidden) = (self.options.stored_format, self.plan.hidden);
@@ -314,11 +314,7 @@ impl<'a> Builder<'a> {
         }
         let stage_idx = self.stages.len() as u32;
         let mut costs = Vec::new();
-        let workers = match edge.homes {
-            Homes::Others => self.options.worker_count - self.apart.worker_count,
-            _ => self.options.worker_count,
-        };
-        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, format, workers)) {
+        for (tile_idx, rows) in (0u32..).zip(self.tiles(linear, format, edge.worker_count)) {
             let args = LinearArgs {
                 prologue: linear.prologue,
                 epilogue: linear.epilogue,
@@ -343,7 +339,8 @@ impl<'a> Builder<'a> {
             costs.push(args.weight_bytes());
             self.push(args.pack(), edge.wait, edge.signal, format!("{name} tile {tile_idx}"));
         }
-        self.stages.push(Stage { costs, homes: edge.homes });
+        let homes = vec![None; costs.len()];
+        self.stages.push(Stage { costs, homes, worker_count: edge.worker_count });
     }
 
     /// Cuts an operator's rows, or pairs of rows of gate and up, into tiles that differ by one; rows
@@ -433,9 +430,10 @@ impl<'a> Builder<'a> {
         let task_count = kv.kv_head_count * part_count;
         let group = self.dims.heads_per_kv();
         let costs = vec![cost / u64::from(part_count); task_count as usize];
-        self.stages.push(Stage { costs, homes: Homes::Attention { part_count } });
+        let mut homes = Vec::new();
         for task_idx in 0..task_count {
             let (kv_head_idx, part_idx) = (task_idx / part_count, task_idx % part_count);
+            homes.push(self.apart.home(kv_head_idx, part_idx));
             let args = AttentionArgs {
                 layer_idx,
                 kv_head_idx,
@@ -452,6 +450,7 @@ impl<'a> Builder<'a> {
             let name = format!("{name} head {kv_head_idx}{part}");
             self.push(args.pack(), edge.wait, edge.signal, name);
         }
+        self.stages.push(Stage { costs, homes, worker_count: self.apart.others });
     }
 
     /// Heap offset of a value.
@@ -470,7 +469,7 @@ impl<'a> Builder<'a> {
         let worker_count = self.options.worker_count;
         // What sampling reads if it takes the best.
         let best_bytes = u64::from(self.head_task_count) * size_of::<u64>() as u64;
-        let mut dealt = place(&self.stages, worker_count, best_bytes, self.apart.parts).into_iter();
+        let mut dealt = place(&self.stages, worker_count, best_bytes).into_iter();
         let is_dealt = |task: &Task| {
             [Opcode::Linear, Opcode::Attention].map(|opcode| opcode as u16).contains(&task.opcode)
         };

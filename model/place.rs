@@ -10,60 +10,31 @@
 pub(crate) struct Stage {
     /// Costs of its tasks in bytes, in the order of the program.
     pub(crate) costs: Vec<u64>,
-    /// To whom they go.
-    pub(crate) homes: Homes,
+    /// The worker of each task that has one already.
+    pub(crate) homes: Vec<Option<u32>>,
+    /// The others are dealt to the first so many workers.
+    pub(crate) worker_count: u32,
 }
 
-/// To whom the tasks of a stage go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Homes {
-    /// To all workers.
-    All,
-    /// To those that have none of attention's first parts.
-    Others,
-    /// This is attention, with `part_count` tasks for each KV head, of which the first ones go to the last
-    /// workers, in each layer to the same.
-    Attention {
-        /// Tasks of a head.
-        part_count: u32,
-    },
-}
-
-/// The worker of each task, stage after stage; `first_load` bytes are worker 0's already. The first
-/// `own_parts` of attention's parts, if any, have workers of their own.
+/// The worker of each task, stage after stage; `first_load` bytes are worker 0's already.
 ///
 /// Shapes:  result `[tasks of all stages]`, each below `worker_count`.
-/// Bounds:  `worker_count >= 1`; fewer own workers than workers.
+/// Bounds:  `worker_count >= 1`, and that of each stage likewise.
 /// Cost:    sorts the workers once for each stage.
-pub(crate) fn place(
-    stages: &[Stage],
-    worker_count: u32,
-    first_load: u64,
-    own_parts: u32,
-) -> Vec<u32> {
+pub(crate) fn place(stages: &[Stage], worker_count: u32, first_load: u64) -> Vec<u32> {
     let mut loads = vec![0u64; worker_count as usize];
     loads[0] = first_load;
     let mut homes = Vec::with_capacity(stages.iter().map(|stage| stage.costs.len()).sum());
-    let own_count = own_count(stages, own_parts);
-    for Stage { costs, homes: who } in stages {
-        let allowed = if *who == Homes::All { worker_count } else { worker_count - own_count };
-        let mut workers: Vec<u32> = (0..allowed).collect();
+    for Stage { costs, homes: known, worker_count } in stages {
+        let mut workers: Vec<u32> = (0..*worker_count).collect();
         workers.sort_unstable_by_key(|worker| (loads[*worker as usize], *worker));
-        // Which of its own worker, if it has one, a task is.
-        let own = |task: usize| match who {
-            Homes::Attention { part_count } if own_parts > 0 => {
-                let (head, part) = (task as u32 / part_count, task as u32 % part_count);
-                (part < own_parts).then_some(allowed + head * own_parts + part)
-            }
-            _ => None,
-        };
-        let dealt: Vec<usize> = (0..costs.len()).filter(|task| own(*task).is_none()).collect();
+        let dealt: Vec<usize> = (0..costs.len()).filter(|task| known[*task].is_none()).collect();
         let dealt_costs: Vec<u64> = dealt.iter().map(|task| costs[*task]).collect();
-        let mut runs = runs(&dealt_costs, allowed);
+        let mut runs = runs(&dealt_costs, *worker_count);
         // Stable sorts: where all is equal, run `i` goes to worker `i`.
         runs.sort_by_key(|run| std::cmp::Reverse(run.bytes));
         let first = homes.len();
-        homes.extend((0..costs.len()).map(|task| own(task).unwrap_or(0)));
+        homes.extend(known.iter().map(|home| home.unwrap_or(0)));
         for (run, worker) in runs.iter().zip(&workers) {
             for task in &dealt[run.first..run.end] {
                 homes[first + task] = *worker;
@@ -74,15 +45,6 @@ pub(crate) fn place(
         }
     }
     homes
-}
-
-/// Workers of attention's first parts: as many in each layer.
-fn own_count(stages: &[Stage], own_parts: u32) -> u32 {
-    let heads = |stage: &Stage| match stage.homes {
-        Homes::Attention { part_count } => Some(stage.costs.len() as u32 / part_count),
-        _ => None,
-    };
-    stages.iter().find_map(heads).unwrap_or(0) * own_parts
 }
 
 /// Neighbouring tasks of a stage that go to the same worker.
@@ -107,8 +69,8 @@ fn runs(costs: &[u64], worker_count: u32) -> Vec<Run> {
 mod tests {
     use super::*;
 
-    fn of_all(costs: Vec<u64>) -> Stage {
-        Stage { costs, homes: Homes::All }
+    fn dealt(costs: Vec<u64>, worker_count: u32) -> Stage {
+        Stage { homes: vec![None; costs.len()], costs, worker_count }
     }
 
     fn loads(stages: &[Stage], homes: &[u32], worker_count: u32) -> Vec<u64> {
@@ -121,44 +83,51 @@ mod tests {
 
     #[test]
     fn equal_stages_are_dealt_in_order() {
-        let stages = [of_all(vec![5; 4]), of_all(vec![3; 6])];
-        assert_eq!(place(&stages, 2, 0, 0), [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]);
+        let stages = [dealt(vec![5; 4], 2), dealt(vec![3; 6], 2)];
+        assert_eq!(place(&stages, 2, 0), [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]);
     }
 
     #[test]
     fn remainders_go_round() {
         // 5 tasks for 4 workers: in 4 stages each worker has one task more once.
-        let stages = [(); 4].map(|()| of_all(vec![7; 5]));
-        assert_eq!(loads(&stages, &place(&stages, 4, 0, 0), 4), [35; 4]);
+        let stages = [(); 4].map(|()| dealt(vec![7; 5], 4));
+        assert_eq!(loads(&stages, &place(&stages, 4, 0), 4), [35; 4]);
         // Stages smaller than the workers: 3 tasks for 5 workers.
-        let stages = [(); 5].map(|()| of_all(vec![2; 3]));
-        assert_eq!(loads(&stages, &place(&stages, 5, 0, 0), 5), [6; 5]);
+        let stages = [(); 5].map(|()| dealt(vec![2; 3], 5));
+        assert_eq!(loads(&stages, &place(&stages, 5, 0), 5), [6; 5]);
     }
 
     #[test]
     fn every_stage_is_even() {
-        let homes = place(&[of_all(vec![1; 137])], 132, 0, 0);
+        let homes = place(&[dealt(vec![1; 137], 132)], 132, 0);
         for worker in 0..132 {
             let count = homes.iter().filter(|home| **home == worker).count();
             assert!((1..=2).contains(&count), "worker {worker} has {count}");
         }
-        assert_eq!(place(&[of_all(vec![]), of_all(vec![1])], 3, 0, 0), [0]);
-        assert_eq!(place(&[of_all(vec![1])], 3, 9, 0), [1]);
+        assert_eq!(place(&[dealt(vec![], 3), dealt(vec![1], 3)], 3, 0), [0]);
+        assert_eq!(place(&[dealt(vec![1], 3)], 3, 9), [1]);
     }
 
     #[test]
     fn first_parts_have_workers_of_their_own() {
         // Two heads of three parts, of which one each is kept apart, on five workers.
-        let attention = || Stage { costs: vec![4; 6], homes: Homes::Attention { part_count: 3 } };
-        let before = || Stage { costs: vec![8; 3], homes: Homes::Others };
-        let stages = [before(), attention(), of_all(vec![2; 5]), before(), attention()];
-        let homes = place(&stages, 5, 0, 1);
+        let attention = |own: [Option<u32>; 2]| {
+            let homes = vec![own[0], None, None, own[1], None, None];
+            let worker_count = if own[0].is_some() { 3 } else { 5 };
+            Stage { costs: vec![4; 6], homes, worker_count }
+        };
+        let stages = |own, others| {
+            let before = || dealt(vec![8; 3], others);
+            [before(), attention(own), dealt(vec![2; 5], 5), before(), attention(own)]
+        };
+        let homes = place(&stages([Some(3), Some(4)], 3), 5, 0);
         assert_eq!(homes[..9], [0, 1, 2, 3, 1, 2, 4, 0, 0]);
         let second = &homes[14..];
         assert!(second[..3].iter().all(|home| *home < 3), "{second:?}");
         assert_eq!((second[3], second[6]), (3, 4));
         // With none the same stages are dealt to all.
-        assert_eq!(place(&stages, 5, 0, 0)[..3], [0, 1, 2]);
-        assert!(place(&stages, 5, 0, 0)[3..9].contains(&4));
+        let homes = place(&stages([None, None], 5), 5, 0);
+        assert_eq!(homes[..3], [0, 1, 2]);
+        assert!(homes[3..9].contains(&4));
     }
 }

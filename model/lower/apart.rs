@@ -11,7 +11,6 @@ use tilert_mk_shared::tile::PAGE_BYTES;
 
 use crate::graph::{Graph, Kind, Linear};
 use crate::lower::{Dims, LowerOptions, formats};
-use crate::place::Homes;
 
 /// Parts of each KV head that are kept apart at most: they have the first 256 positions.
 const PARTS_MAX: u32 = 4;
@@ -28,32 +27,33 @@ const AFTER_BYTES: [u64; 2] = [2 * PAGE_BYTES as u64, 5 * PAGE_BYTES as u64];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Apart {
     /// Parts of each KV head that have workers of their own.
-    pub(super) parts: u32,
-    /// Those workers.
-    pub(super) worker_count: u32,
+    parts: u32,
+    /// Workers without any of them, which are the first ones.
+    pub(super) others: u32,
+    /// All workers.
+    workers: u32,
     is_before: bool,
     is_after: bool,
 }
 
 impl Apart {
-    const NOTHING: Apart = Apart { parts: 0, worker_count: 0, is_before: false, is_after: false };
-
     /// What is kept apart for a model on the device of `options`: nothing where tiles are not of packs, heads
     /// are short, or another operator has too few rows for each worker to keep tasks that others wait for.
     pub(super) fn new(graph: &Graph, dims: &Dims, options: &LowerOptions) -> Apart {
         let workers = options.worker_count;
         let parts = (workers / WORKERS_OF_ONE / dims.kv.kv_head_count).min(PARTS_MAX);
+        let nothing =
+            Apart { parts: 0, others: workers, workers, is_before: false, is_after: false };
         if options.packed_rows <= 1 || dims.kv.head_dim <= SHORT_HEAD || parts == 0 {
-            return Apart::NOTHING;
+            return nothing;
         }
         let bytes = |linear: &Linear| {
             let rows: u32 = linear.matrices.iter().map(|matrix| matrix.row_count).sum();
             let format = formats::of_linear(graph, linear, options.format);
             u64::from(rows) * format.row_bytes(linear.in_dim) / u64::from(workers)
         };
-        let mut apart =
-            Apart { parts, worker_count: parts * dims.kv.kv_head_count, ..Apart::NOTHING };
-        (apart.is_before, apart.is_after) = (true, true);
+        let others = workers - parts * dims.kv.kv_head_count;
+        let mut apart = Apart { parts, others, workers, is_before: true, is_after: true };
         for (idx, operator) in graph.operators.iter().enumerate() {
             let Kind::Linear(linear) = &operator.kind else { continue };
             match near_attention(graph, idx) {
@@ -63,19 +63,24 @@ impl Apart {
                     apart.is_after &= (least + 1..=most).contains(&bytes(linear));
                 }
                 _ if linear.matrices.iter().any(|matrix| matrix.row_count < workers) => {
-                    return Apart::NOTHING;
+                    return nothing;
                 }
                 _ => {}
             }
         }
-        if apart.is_before || apart.is_after { apart } else { Apart::NOTHING }
+        if apart.is_before || apart.is_after { apart } else { nothing }
     }
 
-    /// To whom the tasks of operator `idx`, a linear one, go.
-    pub(super) fn homes(&self, graph: &Graph, idx: usize) -> Homes {
+    /// Workers that get tasks of operator `idx`, a linear one.
+    pub(super) fn worker_count(&self, graph: &Graph, idx: usize) -> u32 {
         let [before, after] = near_attention(graph, idx);
         let is_apart = before && self.is_before || after && self.is_after;
-        if is_apart { Homes::Others } else { Homes::All }
+        if is_apart { self.others } else { self.workers }
+    }
+
+    /// The worker of a part of attention that is kept apart, in each layer the same.
+    pub(super) fn home(&self, kv_head_idx: u32, part_idx: u32) -> Option<u32> {
+        (part_idx < self.parts).then_some(self.others + kv_head_idx * self.parts + part_idx)
     }
 }
 
