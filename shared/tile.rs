@@ -127,6 +127,10 @@ const PARTIAL_BYTES: u32 =
 pub const PART_ROWS_MAX: u32 = 2;
 /// Parts of a value.
 pub const PARTS: u32 = 3;
+/// Values of a piece of input rows that are not near as a whole, at most.
+pub const PIECE_VALUES: u32 = 2048;
+/// Blocks of columns of packed weights that are multiplied together at most, a power of two.
+pub const BLOCKS_TOGETHER_MAX: u32 = 4;
 const NARROW_PARTIAL_BYTES: u32 = f32_bytes(TILE_ROWS_MAX * PART_ROWS_MAX * COMPUTE_WARPS);
 /// Offset of what attention keeps for each warp: `[ATTENTION_VALUES] f32` of rotated queries, then of
 /// weighted values.
@@ -160,15 +164,14 @@ pub struct SharedPlan {
 }
 
 impl SharedPlan {
-    /// Divides `shared_bytes` for a longest input row of `row_values` and pages of `page_bytes`; none if they
-    /// are too few.
+    /// Divides `shared_bytes` for `row_bytes` of input rows and pages of `page_bytes`; none if they are too few.
     #[inline]
-    pub const fn new(shared_bytes: u32, row_values: u32, page_bytes: u32) -> Option<SharedPlan> {
+    pub const fn new(shared_bytes: u32, row_bytes: u32, page_bytes: u32) -> Option<SharedPlan> {
         let least = ring(INPUT_BYTES_MIN) + PAGE_COUNT_MIN * page_bytes;
         if shared_bytes < least {
             return None;
         }
-        let wanted = part_bytes(row_values).next_multiple_of(256);
+        let wanted = row_bytes.next_multiple_of(256);
         let room = shared_bytes - least + INPUT_BYTES_MIN;
         let limit = if room < INPUT_BYTES_MAX { room } else { INPUT_BYTES_MAX };
         let input_bytes = if wanted < limit { wanted } else { limit };
@@ -190,11 +193,14 @@ impl SharedPlan {
     }
 }
 
-/// Values from one row of `dim` values as bf16 parts to the next. Adjacent rows begin 64 bytes apart,
-/// modulo 128: a lane's loads of both share no bank.
+/// Values between rows that are kept as parts. Adjacent rows begin 64 bytes apart, modulo 128: a lane's
+/// loads of both share no bank.
+pub const PART_PADDING: u32 = 32;
+
+/// Values from one row of `dim` values as bf16 parts to the next.
 #[inline]
 pub const fn part_pitch(dim: u32) -> u32 {
-    dim.next_multiple_of(64) + 32
+    dim.next_multiple_of(64) + PART_PADDING
 }
 
 /// Bytes of a row of `dim` values as bf16 parts.
@@ -216,6 +222,6 @@ const _: () = assert!(page_rows(WeightFormat::F32) * CHUNK_COLUMNS * 4 == PAGE_B
 const _: () = assert!((PARTIALS | INPUTS | WIDE_INPUTS).is_multiple_of(128));
 const _: () = assert!(WIDE_INPUTS < INPUTS + INPUT_BYTES_MIN);
 const _: () = assert!(
-    SharedPlan::new(99 << 10, 8192, PAGE_BYTES).is_some(),
+    SharedPlan::new(99 << 10, part_bytes(8192), PAGE_BYTES).is_some(),
     "GPUs with 99 KiB a block have a ring"
 );

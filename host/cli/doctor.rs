@@ -170,8 +170,7 @@ fn of_survey(survey: Survey) -> (Driver, Vec<GpuFindings>) {
 /// Pages of a ring with the shortest and with the longest input rows; none if no ring fits.
 fn ring_pages(shared_bytes: u32) -> Option<[u32; 2]> {
     let page_count =
-        |row_values| Some(SharedPlan::new(shared_bytes, row_values, PAGE_BYTES)?.page_count);
-    // A value takes more than a byte, so a row of so many values has all that rows may have.
+        |row_bytes| Some(SharedPlan::new(shared_bytes, row_bytes, PAGE_BYTES)?.page_count);
     Some([page_count(0)?, page_count(INPUT_BYTES_MAX)?])
 }
 

@@ -49,6 +49,7 @@ impl CpuDevice {
             shared_bytes: 0,
             packs_weights: false,
             stamps_values: false,
+            takes_pieces: false,
             polls_per_look: POLLS_PER_LOOK,
             host_spins: false,
         };

@@ -166,6 +166,7 @@ impl CudaDevice {
                 shared_bytes: first.shared_bytes,
                 packs_weights: true,
                 stamps_values: true,
+                takes_pieces: first.capability >= kernels::PIECES_CAPABILITY,
                 polls_per_look: POLLS_PER_LOOK,
                 host_spins: true,
             },

@@ -36,6 +36,8 @@ pub struct Profile {
     pub packs_weights: bool,
     /// Whether workers stamp values (`shared/stamp.rs`).
     pub stamps_values: bool,
+    /// Whether workers can take long input rows in pieces, so that less of them is near at a time.
+    pub takes_pieces: bool,
     /// Polls of an event between two looks at the stop word, the clock and other queues.
     pub polls_per_look: u32,
     /// Whether the host may spin while a request runs, without taking the workers' cores.

@@ -6,13 +6,15 @@ use tilert_mk_shared::fault::FaultRecord;
 use tilert_mk_shared::limits::PE_COUNT_MAX;
 use tilert_mk_shared::mailbox::Mailbox;
 use tilert_mk_shared::program::ProgramHeader;
-use tilert_mk_shared::task::Task;
-use tilert_mk_shared::tile::{PAGE_BYTES, SharedPlan, page_bytes};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Prologue, Task, WeightFormat};
+use tilert_mk_shared::tile::{
+    INPUT_BYTES_MAX, PAGE_BYTES, PART_ROWS_MAX, SharedPlan, page_bytes, part_bytes,
+};
 use tilert_mk_shared::trace::TraceRecord;
 
 use super::EngineOptions;
 use super::bind::bytes_of;
-use crate::driver::Device;
+use crate::driver::{Device, Profile};
 use crate::error::Result;
 
 /// Reserves and fills the memory that headers name, but for the heaps' contents; the headers, one for each
@@ -31,8 +33,7 @@ pub(super) fn upload(
     let trace_capacity = if wanted == 0 { 0 } else { wanted.next_power_of_two() };
     let trace_bytes = trace_capacity * u64::from(worker_count) * size_of::<TraceRecord>() as u64;
     let prompts = u64::from(dims.kv.slot_count) * u64::from(dims.kv.context_max) * 4;
-    let page_bytes = program.formats().into_iter().map(page_bytes).max().unwrap_or(PAGE_BYTES);
-    let near = SharedPlan::new(device.profile().shared_bytes, dims.prologue_dim_max, page_bytes);
+    let near = shared_plan(program, device.profile());
     let shared = ProgramHeader {
         abi_version: ABI_VERSION,
         worker_count,
@@ -74,6 +75,45 @@ pub(super) fn upload(
         header.distances = distances(header.heap, &heaps);
     }
     Ok(headers)
+}
+
+/// Pages that the ring must gain for rows to come in pieces that have room as a whole. On an H200 shapes that gain two
+/// are faster with them and most of those that gain one are slower.
+const PIECES_GAIN: u32 = 2;
+
+/// Pages that a ring of larger ones must have: three of Llama-3.1-8B's are slower than four with less in each.
+const LARGE_PAGES_MIN: u32 = 4;
+
+/// How a GPU's block divides its shared memory; none if that is too little.
+fn shared_plan(program: &Program, profile: &Profile) -> Option<SharedPlan> {
+    let wanted = program.formats().into_iter().map(page_bytes).max().unwrap_or(PAGE_BYTES);
+    let plan = plan_of_pages(program, profile, wanted)?;
+    let other = plan_of_pages(program, profile, PAGE_BYTES)?;
+    let is_short = plan.page_count < LARGE_PAGES_MIN.min(other.page_count);
+    Some(if is_short { other } else { plan })
+}
+
+/// The same with pages of so many bytes. Rows without a prologue may come in pieces: the ring has what they would take.
+fn plan_of_pages(program: &Program, profile: &Profile, page_bytes: u32) -> Option<SharedPlan> {
+    // Of the rows that have room.
+    let (mut longest, mut longest_whole) = (0, 0);
+    let linear = program.tasks.iter().filter(|task| task.opcode == Opcode::Linear as u16);
+    for args in linear.map(LinearArgs::unpack) {
+        let bytes = part_bytes(args.in_dim);
+        if bytes > INPUT_BYTES_MAX {
+            continue;
+        }
+        longest = longest.max(bytes);
+        if args.prologue != Prologue::None || args.format != WeightFormat::Bf16 {
+            longest_whole = longest_whole.max(bytes);
+        }
+    }
+    // If there may be two tokens, both have room.
+    let least = program.dims.kv.slot_count.min(PART_ROWS_MAX) * longest_whole;
+    let plan = |row_bytes| SharedPlan::new(profile.shared_bytes, row_bytes, page_bytes);
+    let (whole, in_pieces) = (plan(least.max(longest))?, plan(least)?);
+    let gain = in_pieces.page_count - whole.page_count;
+    Some(if profile.takes_pieces && gain >= PIECES_GAIN { in_pieces } else { whole })
 }
 
 /// See `ProgramHeader::distances`.

@@ -93,6 +93,7 @@ impl PtxDevice {
             shared_bytes: options.shared_bytes,
             packs_weights: true,
             stamps_values: true,
+            takes_pieces: options.text.contains("_in_pieces"),
             polls_per_look: 256,
             host_spins: false,
         };

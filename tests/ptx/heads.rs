@@ -1,8 +1,12 @@
 //! Models of all shapes that the kernel tells apart, beside the CPU's.
 
 use tilert_mk::driver::Device;
-use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource};
+use tilert_mk::driver::cuda::Purpose;
+use tilert_mk::engine::{DeviceKind, Engine, EngineOptions, LoadMode, ModelSource, Weights};
 
+use crate::edit;
+use crate::ptx_device::PtxDevice;
+use crate::quantised::shipped_for;
 use crate::{answer, run_clean, shipped};
 
 /// Largest difference from the CPU's logits, relative to the largest of a row.
@@ -13,15 +17,32 @@ pub(crate) type Heads = (u32, u32, u32, &'static str);
 /// Values of a row between layers, and between gate and down.
 pub(crate) type Rows = [u32; 2];
 pub(crate) const SHORT: Rows = [64, 64];
+/// No row of gate and down has room near.
+const TOO_LONG: Rows = [64, 16_672];
 
-/// Logits after each token of a prompt of `len`, with random weights and one layer.
+/// Logits after each token of a prompt of `len`.
 pub(crate) fn logits(
+    device: Box<dyn Device>,
+    heads: Heads,
+    rows: Rows,
+    width: u32,
+    len: u32,
+    weights: Weights,
+) -> Vec<Vec<f32>> {
+    let prompt: Vec<u32> = (0..len).map(|idx| idx * 37 % 96).collect();
+    let mut engine = open(device, heads, rows, width, len, weights);
+    answer(&mut engine, &prompt, 1).expect("the request ends").rows
+}
+
+/// A model of one layer with random weights, for a prompt of `len`.
+fn open(
     device: Box<dyn Device>,
     heads: Heads,
     [hidden, intermediate]: Rows,
     width: u32,
     len: u32,
-) -> Vec<Vec<f32>> {
+    weights: Weights,
+) -> Engine {
     let (head_count, kv_head_count, head_dim, family) = heads;
     let config = format!(
         r#"{{"vocab_size": 96, "hidden_act": "silu", "torch_dtype": "bfloat16",
@@ -40,24 +61,32 @@ pub(crate) fn logits(
         // of the interpreter's clock that are enough elsewhere.
         wait_ns_max: 50_000_000.max(u64::from(len) * 450_000),
         load: LoadMode::Dummy,
+        weights,
         ..EngineOptions::default()
     };
     let source = ModelSource::Directory(folder.path());
-    let mut engine = Engine::open(source, device, &options, &mut |_, _| ()).expect("it opens");
-    let prompt: Vec<u32> = (0..len).map(|idx| idx * 37 % 96).collect();
-    answer(&mut engine, &prompt, 1).expect("the request ends").rows
+    Engine::open(source, device, &options, &mut |_, _| ()).expect("it opens")
 }
 
 /// Compares the kernel with the CPU; its bits are the same in all widths and with all workers.
 fn check(heads: Heads, rows: Rows, len: u32, runs: &[(u32, u32, u32)]) {
-    let expected =
-        logits(DeviceKind::Cpu.open(1, false).expect("the CPU is there"), heads, rows, 8, len);
+    check_weights(heads, rows, len, runs, Weights::Native);
+}
+
+/// The same with weights in some form.
+fn check_weights(heads: Heads, rows: Rows, len: u32, runs: &[(u32, u32, u32)], weights: Weights) {
+    let logits = |device, width| logits(device, heads, rows, width, len, weights);
+    let expected = logits(DeviceKind::Cpu.open(1, false).expect("the CPU is there"), 8);
     let mut first: [Option<Vec<Vec<f32>>>; 2] = [None, None];
     for (capability, workers, width) in runs {
         let what =
             format!("{heads:?}, {rows:?}, sm_{capability}, {workers} workers, width {width}");
-        let options = shipped(*capability, *workers, 5);
-        let found = run_clean(&what, options, |device| logits(device, heads, rows, *width, len));
+        let options = match weights {
+            Weights::Native => shipped(*capability, *workers, 5),
+            Weights::Fp8 => shipped_for(Purpose::Fp8, *workers, 5),
+            Weights::Q8 | Weights::Q4 => shipped_for(Purpose::Integers, *workers, 5),
+        };
+        let found = run_clean(&what, options, |device| logits(device, *width));
         assert_eq!(found.len(), expected.len(), "{what}");
         for (position, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
@@ -107,6 +136,33 @@ fn long_rows_give_the_logits_of_the_cpu() {
     check((2, 1, 64, "Llama"), [1608, 2056], 9, &[(90, 1, 8), (90, 3, 3), (80, 2, 8)]);
     // Tasks of few rows ask for inputs further ahead.
     check((2, 1, 64, "Llama"), [264, 2056], 9, &[(90, 17, 8), (90, 9, 8), (90, 2, 3)]);
+}
+
+/// Rows of two tokens, and of one, that have no room near as a whole.
+#[test]
+fn rows_in_pieces_give_the_logits_of_the_cpu() {
+    let heads = (2, 1, 64, "Llama");
+    check(heads, [264, 2312], 5, &[(90, 1, 2), (90, 3, 1), (90, 2, 8), (90, 17, 2)]);
+    check(heads, TOO_LONG, 2, &[(90, 1, 1), (90, 2, 2)]);
+    check(heads, TOO_LONG, 2, &[(80, 3, 1), (80, 2, 2)]);
+    for weights in [Weights::Fp8, Weights::Q8, Weights::Q4] {
+        check_weights(heads, TOO_LONG, 2, &[(90, 2, 1), (90, 1, 2)], weights);
+    }
+}
+
+#[test]
+fn a_missing_barrier_between_pieces_is_found() {
+    let mut options = shipped(90, 1, 5);
+    options.text = edit::function(&options.text, "linear_bf16_in_pieces", |body| {
+        const BARRIER: &str = "barrier.cta.sync 1, 256;";
+        assert!(body.contains(BARRIER), "the block meets");
+        body.replace(BARRIER, "")
+    });
+    let (device, _) = PtxDevice::new(options);
+    let heads = (2, 1, 64, "Llama");
+    let mut engine = open(Box::new(device), heads, TOO_LONG, 1, 1, Weights::Native);
+    let error = answer(&mut engine, &[1], 1).err().expect("something is found").to_string();
+    assert!(error.contains("DataRace"), "{error}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Several GPUs that run a program together: the bits of one, and mistakes between them that are found.
 
 use tilert_mk::driver::cuda::{Purpose, kernels};
+use tilert_mk::engine::Weights;
 
 use super::heads::{SHORT, logits};
 use super::ptx_device::{PtxDevice, PtxOptions};
@@ -43,7 +44,7 @@ fn some_schedules_of_two_devices_give_the_same_bits() {
 fn attention_that_merges_across_devices_gives_the_same_bits() {
     let rows = |options: PtxOptions| {
         let heads = (72, 8, 128, "Llama");
-        run_clean("merging", options, |device| logits(device, heads, SHORT, 3, 68))
+        run_clean("merging", options, |device| logits(device, heads, SHORT, 3, 68, Weights::Native))
     };
     let bits =
         |rows: Vec<Vec<f32>>| -> Vec<u32> { rows.concat().into_iter().map(f32::to_bits).collect() };

@@ -30,7 +30,7 @@ fn run(path: &Path, weights: Weights, device: Box<dyn Device>, width: u32) -> Ou
 }
 
 /// The shipped PTX for a purpose, unchanged.
-fn shipped_for(purpose: Purpose, workers: u32, seed: u64) -> PtxOptions {
+pub(crate) fn shipped_for(purpose: Purpose, workers: u32, seed: u64) -> PtxOptions {
     let is_it = |kernel: &Kernel| kernel.purpose == purpose;
     let text = kernels().find(is_it).expect("the kernel is built").text;
     PtxOptions { text: text.to_owned(), ..shipped(90, workers, seed) }

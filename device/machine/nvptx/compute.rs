@@ -6,7 +6,7 @@
 
 use tilert_mk_shared::event::EventId;
 use tilert_mk_shared::fault::FaultCode;
-use tilert_mk_shared::task::{Opcode, Task};
+use tilert_mk_shared::task::{LinearArgs, Opcode, Task};
 use tilert_mk_shared::tile::{
     LOOP_WORDS, NOTICE_WORD, PROGRESS, PROGRESS_BYTES, STOP_WORD, TASK_EMPTY_BARRIERS,
     TASK_SLOT_BYTES, TASK_SLOTS, TASK_WORD, WARP_LANES,
@@ -134,10 +134,10 @@ pub struct Next {
     pub epoch: u32,
     /// The first word of its record.
     pub head: u32,
-    /// Of a task with packed weights.
-    pub digest: Digest,
-    /// Tokens of the step that the block knows, and rows of logits.
-    pub counts: [u32; 2],
+    /// Input rows that it keeps as parts at most, if its weights are packed.
+    pub narrow_rows_max: u32,
+    /// Its input rows in the step that the block knows, if it is linear.
+    pub rows: u32,
 }
 
 impl Next {
@@ -147,19 +147,23 @@ impl Next {
         let (task_idx, epoch) = task_in(slot);
         // SAFETY: a word of the slot, which is full.
         let head = unsafe { load_shared_word(slot) };
-        let counts = step::counts(shared);
-        Next { slot, task_idx, epoch, head, digest: Digest::read(slot), counts }
+        let args = LinearArgs::unpack(&task_with(head));
+        let rows = args.token_rows.count(step::counts(shared));
+        let narrow_rows_max = Digest::read(slot).narrow_rows_max;
+        Next { slot, task_idx, epoch, head, narrow_rows_max, rows }
     }
 
     /// A task with the opcode and the flags of this one.
     #[inline(always)]
     pub fn head_of(&self) -> Task {
-        Task {
-            opcode: self.head as u16,
-            flags: (self.head >> 16) as u16,
-            ..Task::new(Opcode::Empty)
-        }
+        task_with(self.head)
     }
+}
+
+/// A task with the opcode and the flags that a record's first word has.
+#[inline(always)]
+fn task_with(head: u32) -> Task {
+    Task { opcode: head as u16, flags: (head >> 16) as u16, ..Task::new(Opcode::Empty) }
 }
 
 /// The ring of tasks at the task that `position` names.

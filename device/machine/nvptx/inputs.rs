@@ -4,7 +4,11 @@
 //! three bf16: its significand has 24 bits, and each part takes the next 8. One or two rows are kept
 //! as parts; more rows are kept as they are, and split when they are used.
 
-use tilert_mk_shared::tile::{INPUTS, PART_ROWS_MAX, PARTS, part_bytes, part_pitch};
+use tilert_mk_shared::packed::BLOCK_COLUMNS;
+use tilert_mk_shared::tile::{
+    BLOCKS_TOGETHER_MAX, INPUTS, PART_PADDING, PART_ROWS_MAX, PARTS, PIECE_VALUES, part_bytes,
+    part_pitch,
+};
 
 use super::memory::{Quad, store_shared_pair, upper_halves};
 use crate::machine::Rows;
@@ -28,10 +32,10 @@ pub enum Layout {
 }
 
 impl Layout {
-    /// The layout of `rows` rows of `dim` values, up to `PART_ROWS_MAX`, as parts.
+    /// The layout of up to `columns` values of each of `rows` rows, up to `PART_ROWS_MAX`, as parts.
     #[inline(always)]
-    pub fn parts(rows: u32, dim: u32) -> Layout {
-        Layout::Parts { rows, pitch: part_pitch(dim) }
+    pub fn parts(rows: u32, columns: u32) -> Layout {
+        Layout::Parts { rows, pitch: part_pitch(columns) }
     }
 
     /// The layout of `rows` rows of `dim` values in an area of `bytes`, as they are.
@@ -42,10 +46,19 @@ impl Layout {
 }
 
 /// Whether `rows` rows of `dim` values are kept as parts in an area of `bytes`, if they are
-/// multiplied with bf16 weights.
+/// multiplied with weights for tensor cores.
 #[inline(always)]
 pub fn is_narrow(rows: u32, dim: u32, bytes: u32) -> bool {
     rows <= PART_ROWS_MAX && rows * part_bytes(dim) <= bytes
+}
+
+/// Blocks of columns of a piece of `rows` rows, up to `PART_ROWS_MAX`, in an area of `bytes`.
+#[inline(always)]
+pub fn piece_blocks(rows: u32, bytes: u32) -> u32 {
+    // One is multiplied while the next one comes.
+    let pitch_max = bytes / (2 * PARTS * 2 * rows);
+    let columns = (pitch_max - PART_PADDING).min(PIECE_VALUES / rows);
+    columns / BLOCK_COLUMNS & !(BLOCKS_TOGETHER_MAX - 1)
 }
 
 /// Where the value of `column` is in a near row of f32: of every 256 columns, the first halves of
@@ -76,17 +89,22 @@ pub fn split_pair(a: f32, b: f32) -> [u32; 3] {
 #[inline(always)]
 pub fn put(shared: u32, layout: Layout, out: &Rows, row: u32, column: u32, quad: Quad) {
     if let Layout::Parts { rows, pitch } = layout {
-        let (low, high) = (split_pair(quad[0], quad[1]), split_pair(quad[2], quad[3]));
-        for part in 0..PARTS {
-            let value = (part * rows + row) * pitch + column;
-            let place = shared + INPUTS + value * 2;
-            // SAFETY: four adjacent values of a part's row, this lane's own.
-            unsafe { store_shared_pair(place, [low[part as usize], high[part as usize]]) };
-        }
-        return;
+        return put_parts(shared, [rows, pitch], row, column, quad);
     }
     let column = if layout == Layout::Near { swizzled(column) } else { column };
     let place = out.values.address() + u64::from(row * out.stride as u32 + column) * 4;
     // SAFETY: four adjacent values of the row, this lane's own.
     unsafe { (place as *mut Quad).write(quad) };
+}
+
+/// The same of one of `rows` rows that are kept as parts, `pitch` values apart.
+#[inline(always)]
+pub fn put_parts(shared: u32, [rows, pitch]: [u32; 2], row: u32, column: u32, quad: Quad) {
+    let (low, high) = (split_pair(quad[0], quad[1]), split_pair(quad[2], quad[3]));
+    for part in 0..PARTS {
+        let value = (part * rows + row) * pitch + column;
+        let place = shared + INPUTS + value * 2;
+        // SAFETY: four adjacent values of a part's row, this lane's own.
+        unsafe { store_shared_pair(place, [low[part as usize], high[part as usize]]) };
+    }
 }

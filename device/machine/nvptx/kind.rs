@@ -20,6 +20,8 @@ pub trait Kind: Sized {
     const FORMAT: WeightFormat = WeightFormat::F32;
     /// Whether input rows are kept as parts.
     const IS_NARROW: bool = false;
+    /// Whether they come in pieces. They are what a stage has left, without a prologue.
+    const IN_PIECES: bool = false;
     /// Whether they leave the best of their results, if a task says so.
     const LEAVES_BEST: bool = false;
     /// Whether attention merges splits.
@@ -46,8 +48,13 @@ pub trait Format {
     /// The format.
     const FORMAT: WeightFormat;
 
-    /// See `Kind::multiply`; whether rows are kept as parts.
-    fn multiply<const NARROW: bool>(block: &Block, task: &Task, x: Rows, count: u32);
+    /// See `Kind::multiply`; whether rows are kept as parts, and come in pieces.
+    fn multiply<const NARROW: bool, const IN_PIECES: bool>(
+        block: &Block,
+        task: &Task,
+        x: Rows,
+        count: u32,
+    );
 }
 
 /// Linear tasks.
@@ -60,7 +67,29 @@ impl<F: Format, const NARROW: bool, const BEST: bool> Kind for Linear<F, NARROW,
 
     #[inline(always)]
     fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
-        F::multiply::<NARROW>(block, task, x, count);
+        F::multiply::<NARROW, false>(block, task, x, count);
+    }
+
+    #[inline(always)]
+    fn run(worker: &Worker<OpBlock<Self>>, claim: &Claim) -> Result<(), Stopped> {
+        ops::linear::run(worker, claim);
+        Ok(())
+    }
+}
+
+/// Linear tasks of few rows that come in pieces.
+#[cfg(tilert_sm90)]
+pub struct Pieces<F>(PhantomData<F>);
+
+#[cfg(tilert_sm90)]
+impl<F: Format> Kind for Pieces<F> {
+    const FORMAT: WeightFormat = F::FORMAT;
+    const IS_NARROW: bool = true;
+    const IN_PIECES: bool = true;
+
+    #[inline(always)]
+    fn multiply(block: &Block, task: &Task, x: Rows, count: u32) {
+        F::multiply::<true, true>(block, task, x, count);
     }
 
     #[inline(always)]

@@ -31,7 +31,12 @@ impl Format for PlainF32 {
     const FORMAT: WeightFormat = WeightFormat::F32;
 
     #[inline(always)]
-    fn multiply<const NARROW: bool>(block: &Block, task: &Task, x: Rows, count: u32) {
+    fn multiply<const NARROW: bool, const IN_PIECES: bool>(
+        block: &Block,
+        task: &Task,
+        x: Rows,
+        count: u32,
+    ) {
         by_count::<F32, 4>(block, task, x, count);
     }
 }
@@ -43,7 +48,12 @@ impl Format for PlainF16 {
     const FORMAT: WeightFormat = WeightFormat::F16;
 
     #[inline(always)]
-    fn multiply<const NARROW: bool>(block: &Block, task: &Task, x: Rows, count: u32) {
+    fn multiply<const NARROW: bool, const IN_PIECES: bool>(
+        block: &Block,
+        task: &Task,
+        x: Rows,
+        count: u32,
+    ) {
         by_count::<F16, 8>(block, task, x, count);
     }
 }

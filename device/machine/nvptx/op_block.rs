@@ -13,6 +13,7 @@ use super::barrier::sync_compute;
 use super::best::Seen;
 use super::block::{Block, QUAD, TURN, read_quads, widen_words};
 use super::compute::Kept;
+use super::digest::Digest;
 use super::header::header;
 use super::inputs::Layout;
 use super::kind::Kind;
@@ -207,10 +208,15 @@ impl<K: Kind> Machine for OpBlock<K> {
             stamped::wait(self, Looks::AfterHint, || ((), 0));
             return from;
         }
-        if is_kept {
+        let mut columns = dim as u32;
+        if K::IN_PIECES {
+            // Of another task of the stage the last one is there.
+            columns = Digest::read(self.slot.get()).piece_columns(count as u32);
+            self.layout.set(Layout::parts(count as u32, columns));
+        } else if is_kept {
             return to;
         }
-        self.copy_rows(from, count, dim as u32, to);
+        self.copy_rows(from, count as u32, columns, to);
         sync_compute();
         to
     }
@@ -227,7 +233,9 @@ impl<K: Kind> Machine for OpBlock<K> {
         out: Rows,
         ahead: NormAhead,
     ) {
-        if K::IS_NARROW {
+        if K::IN_PIECES {
+            sreg::trap();
+        } else if K::IS_NARROW {
             self.weigh_rows::<1>(from, count, weight, out, ahead);
         } else {
             self.weigh_rows::<2>(from, count, weight, out, ahead);
@@ -283,6 +291,9 @@ impl<K: Kind> Machine for OpBlock<K> {
 
     #[inline(always)]
     fn merge(&self, dims: &Dims, splits: Span<f32>, split_count: usize, out: Rows, row: usize) {
+        if K::IN_PIECES {
+            sreg::trap();
+        }
         let (splits, count) = (splits.address(), split_count as u32);
         merge::merge_heads(self, dims, splits, count, &out, row as u32);
     }

@@ -22,6 +22,8 @@ use super::digest::Digest;
 use super::header::{self, reference};
 #[cfg(tilert_integers)]
 use super::kind::Format;
+#[cfg(tilert_sm90)]
+use super::kind::Pieces;
 use super::kind::{Admit, Embed, Empty, Kind, Linear, Sample};
 use super::memory::{generic, load_shared_word, shared_base, store_shared_word};
 #[cfg(not(tilert_integers))]
@@ -132,12 +134,11 @@ fn has_few_rows(args: &LinearArgs, slot: u32) -> bool {
 fn is_alike<K: Kind>(next: &Next) -> bool {
     let task = next.head_of();
     let args = LinearArgs::unpack(&task);
-    let rows = args.token_rows.count(next.counts);
     // All of it, without a branch for each part.
     (task.opcode == Opcode::Linear as u16)
         & (args.format == K::FORMAT)
         & (args.leaves_best() == K::LEAVES_BEST)
-        & (rows <= next.digest.narrow_rows_max)
+        & (next.rows <= next.narrow_rows_max)
 }
 
 /// The same of an op that takes tasks whether they leave the best of their results or not.
@@ -183,6 +184,14 @@ fn with_worker<K: Kind>(slot: u32) {
     }
 }
 
+/// Whether the input rows of the task in a slot, which has few, come in pieces.
+#[cfg(tilert_sm90)]
+#[inline(always)]
+fn is_in_pieces(slot: u32) -> bool {
+    let [count, _] = step::counts(shared_base());
+    Digest::read(slot).piece_columns(count) > 0
+}
+
 macro_rules! op {
     ($name:ident, $kind:ty) => {
         #[inline(never)]
@@ -194,13 +203,19 @@ macro_rules! op {
 
 /// The same for short tasks: goes on with those that follow and are alike, since a turn of the loop
 /// takes as long as a short task's product.
+///
+/// Of linear tasks those whose rows come in pieces have an op of their own.
 macro_rules! ops {
-    ($name:ident, $kind:ty, $is_alike:expr) => {
+    ($name:ident $(/ $in_pieces:ident $in_pieces_kind:ty)?, $kind:ty, $is_alike:expr) => {
+        $(
+            #[cfg(tilert_sm90)]
+            op!($in_pieces, $in_pieces_kind);
+        )?
         #[inline(never)]
         fn $name(slot: u32) {
             let mut slot = slot;
             loop {
-                with_worker::<$kind>(slot);
+                ops!(@run $kind, slot $(, $in_pieces)?);
                 // Assemblers for older chips find too few registers for it, in other ops.
                 if !cfg!(tilert_sm90) {
                     return;
@@ -212,6 +227,17 @@ macro_rules! ops {
             }
         }
     };
+    (@run $kind:ty, $slot:ident) => { with_worker::<$kind>($slot) };
+    (@run $kind:ty, $slot:ident, $in_pieces:ident) => {
+        #[cfg(tilert_sm90)]
+        if is_in_pieces($slot) {
+            call!($in_pieces, $slot);
+        } else {
+            with_worker::<$kind>($slot);
+        }
+        #[cfg(not(tilert_sm90))]
+        with_worker::<$kind>($slot);
+    };
 }
 
 ops!(empty, Empty, is_passing_on);
@@ -222,24 +248,40 @@ op!(linear_f32, Linear<PlainF32, false, true>);
 #[cfg(not(tilert_integers))]
 op!(linear_f16, Linear<PlainF16, false, true>);
 #[cfg(not(tilert_integers))]
-ops!(linear_bf16, Linear<Bf16, true, false>, is_alike::<Linear<Bf16, true, false>>);
+ops!(
+    linear_bf16 / linear_bf16_in_pieces Pieces<Bf16>,
+    Linear<Bf16, true, false>,
+    is_alike::<Linear<Bf16, true, false>>
+);
 #[cfg(not(tilert_integers))]
 ops!(head_bf16, Linear<Bf16, true, true>, is_alike::<Linear<Bf16, true, true>>);
 #[cfg(not(tilert_integers))]
 op!(linear_bf16_wide, Linear<Bf16, false, true>);
 #[cfg(tilert_fp8)]
-ops!(linear_fp8, Linear<Fp8, true, false>, is_alike::<Linear<Fp8, true, false>>);
+ops!(
+    linear_fp8 / linear_fp8_in_pieces Pieces<Fp8>,
+    Linear<Fp8, true, false>,
+    is_alike::<Linear<Fp8, true, false>>
+);
 #[cfg(tilert_fp8)]
 ops!(head_fp8, Linear<Fp8, true, true>, is_alike::<Linear<Fp8, true, true>>);
 #[cfg(tilert_fp8)]
 op!(linear_fp8_wide, Linear<Fp8, false, true>);
 // Head tasks and others share an op: two would be more code.
 #[cfg(tilert_integers)]
-ops!(linear_q8, Linear<Q8, true, true>, is_integer_alike::<Q8>);
+ops!(
+    linear_q8 / linear_q8_in_pieces Pieces<Q8>,
+    Linear<Q8, true, true>,
+    is_integer_alike::<Q8>
+);
 #[cfg(tilert_integers)]
 op!(linear_q8_wide, Linear<Q8, false, true>);
 #[cfg(tilert_integers)]
-ops!(linear_q4, Linear<Q4, true, true>, is_integer_alike::<Q4>);
+ops!(
+    linear_q4 / linear_q4_in_pieces Pieces<Q4>,
+    Linear<Q4, true, true>,
+    is_integer_alike::<Q4>
+);
 #[cfg(tilert_integers)]
 op!(linear_q4_wide, Linear<Q4, false, true>);
 op!(attention_short, Short<false>);

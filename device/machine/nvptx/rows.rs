@@ -23,13 +23,13 @@ const NORM_QUADS: usize = 4;
 pub type NormAhead = (u64, [Quad; NORM_QUADS]);
 
 impl<K: Kind> OpBlock<K> {
-    /// Copies rows to where they are kept near.
+    /// Copies the first `dim` values of rows to where they are kept near.
     #[inline(always)]
-    pub fn copy_rows(&self, from: Rows, count: usize, dim: u32, to: Rows) {
+    pub fn copy_rows(&self, from: Rows, count: u32, dim: u32, to: Rows) {
         let stamp = stamped::input_stamp(self, 0);
-        let is_few = K::IS_NARROW && count as u32 * dim <= FEW_WORDS;
+        let is_few = K::IS_NARROW && count * dim <= FEW_WORDS;
         let mut looks = if is_few { Looks::AtOnce } else { Looks::AfterHint };
-        for row in 0..count as u32 {
+        for row in 0..count {
             let source = from.values.address() + u64::from(row * from.stride as u32) * 4;
             let mut base = self.thread_idx * QUAD;
             while base < dim {

@@ -10,6 +10,8 @@
 //! Cost: per unit and group of 16 rows two loads of weights and two `mma` for one or two tokens, six
 //! for more.
 
+#[cfg(tilert_sm90)]
+mod pieces;
 mod weights;
 
 use tilert_mk_shared::packed::{BLOCK_COLUMNS, GROUP_ROWS, LANE_COLUMNS, UNIT_COLUMNS};
@@ -39,6 +41,8 @@ use crate::machine::Rows;
 pub(crate) struct Shape {
     /// Columns.
     in_dim: u32,
+    /// Where the columns end whose inputs are near.
+    end: u32,
     /// Blocks of a page.
     page_blocks: u32,
     /// Bytes of a block.
@@ -59,61 +63,90 @@ pub(crate) struct Lane {
     stamp: u32,
 }
 
+impl Shape {
+    #[inline(always)]
+    fn new<W: Weights>(args: &LinearArgs, digest: &Digest) -> Shape {
+        Shape {
+            in_dim: args.in_dim,
+            end: args.in_dim,
+            page_blocks: digest.page_blocks,
+            block_bytes: W::scale_bytes(digest.unit_bytes) + digest.unit_bytes * COMPUTE_WARPS,
+        }
+    }
+}
+
+impl Lane {
+    /// That of the block's thread, for `count` rows.
+    #[inline(always)]
+    fn new<W: Weights>(block: &Block, digest: &Digest, x: Rows, count: u32) -> Lane {
+        let (group, t) = (block.warp_lane() / 4, block.warp_lane() % 4);
+        let warp_column = block.warp_idx() * UNIT_COLUMNS;
+        let column = warp_column + t * LANE_COLUMNS;
+        let layout = block.layout.get();
+        // Columns of accumulators that belong to nobody repeat another's inputs.
+        let token = group.min(count - 1);
+        let far = x.values.address() + u64::from(token * x.stride as u32 + column) * 4;
+        let input = match layout {
+            Layout::Parts { rows, pitch } => {
+                let (part, token) = ((group / 2).min(PARTS - 1), (group % 2).min(count - 1));
+                u64::from(block.shared + INPUTS + ((part * rows + token) * pitch + column) * 2)
+            }
+            Layout::Near => {
+                let offset = (token * x.stride as u32 + swizzled(column)) * 4;
+                u64::from(block.shared + WIDE_INPUTS + offset)
+            }
+            Layout::Far => far,
+            Layout::Stamped => stamped::place(&header(), far),
+        };
+        let places = Places::new::<W>(block.warp_idx(), block.warp_lane(), digest.unit_bytes);
+        let stamp = stamped::input_stamp(block, 0);
+        Lane { column, warp_column, places, layout, input, stamp }
+    }
+}
+
 impl<W: Weights> Format for W {
     const FORMAT: WeightFormat = W::FORMAT;
 
     #[inline(always)]
-    fn multiply<const NARROW: bool>(block: &Block, _task: &Task, x: Rows, count: u32) {
-        multiply::<W, NARROW>(block, x, count);
+    fn multiply<const NARROW: bool, const IN_PIECES: bool>(
+        block: &Block,
+        _task: &Task,
+        x: Rows,
+        count: u32,
+    ) {
+        multiply::<W, NARROW, IN_PIECES>(block, x, count);
     }
 }
 
 /// Leaves the partial products of all rows, one for each warp, in the area of partials.
 #[inline(always)]
-fn multiply<W: Weights, const NARROW: bool>(block: &Block, x: Rows, count: u32) {
+fn multiply<W: Weights, const NARROW: bool, const IN_PIECES: bool>(
+    block: &Block,
+    x: Rows,
+    count: u32,
+) {
     let args = LinearArgs::unpack(&record(block.slot.get()));
     let digest = Digest::read(block.slot.get());
-    let shape = Shape {
-        in_dim: args.in_dim,
-        page_blocks: digest.page_blocks,
-        block_bytes: W::scale_bytes(digest.unit_bytes) + digest.unit_bytes * COMPUTE_WARPS,
-    };
-    let (group, t) = (block.warp_lane() / 4, block.warp_lane() % 4);
-    let warp_column = block.warp_idx() * UNIT_COLUMNS;
-    let column = warp_column + t * LANE_COLUMNS;
-    let layout = block.layout.get();
-    // Columns of accumulators that belong to nobody repeat another's inputs.
-    let token = group.min(count - 1);
-    let far = x.values.address() + u64::from(token * x.stride as u32 + column) * 4;
-    let input = match layout {
-        Layout::Parts { rows, pitch } => {
-            let (part, token) = ((group / 2).min(PARTS - 1), (group % 2).min(count - 1));
-            u64::from(block.shared + INPUTS + ((part * rows + token) * pitch + column) * 2)
-        }
-        Layout::Near => {
-            let offset = (token * x.stride as u32 + swizzled(column)) * 4;
-            u64::from(block.shared + WIDE_INPUTS + offset)
-        }
-        Layout::Far => far,
-        Layout::Stamped => stamped::place(&header(), far),
-    };
-    let places = Places::new::<W>(block.warp_idx(), block.warp_lane(), digest.unit_bytes);
-    let stamp = stamped::input_stamp(block, 0);
-    let lane = Lane { column, warp_column, places, layout, input, stamp };
+    let shape = Shape::new::<W>(&args, &digest);
+    let lane = Lane::new::<W>(block, &digest, x, count);
     let rows = [args.row_count(), count];
     macro_rules! by_groups {
         ($of:ident) => {
             match (digest.groups / 2, digest.groups % 2 != 0) {
-                (1, false) => $of::<W, 1, false>(block, &lane, &shape, rows),
-                (1, true) => $of::<W, 1, true>(block, &lane, &shape, rows),
-                (2, false) => $of::<W, 2, false>(block, &lane, &shape, rows),
-                (2, true) => $of::<W, 2, true>(block, &lane, &shape, rows),
-                (3, false) => $of::<W, 3, false>(block, &lane, &shape, rows),
-                (3, true) => $of::<W, 3, true>(block, &lane, &shape, rows),
-                (_, false) => $of::<W, 4, false>(block, &lane, &shape, rows),
-                (_, true) => $of::<W, 4, true>(block, &lane, &shape, rows),
+                (1, false) => $of::<W, 1, false>(block, lane, shape, rows),
+                (1, true) => $of::<W, 1, true>(block, lane, shape, rows),
+                (2, false) => $of::<W, 2, false>(block, lane, shape, rows),
+                (2, true) => $of::<W, 2, true>(block, lane, shape, rows),
+                (3, false) => $of::<W, 3, false>(block, lane, shape, rows),
+                (3, true) => $of::<W, 3, true>(block, lane, shape, rows),
+                (_, false) => $of::<W, 4, false>(block, lane, shape, rows),
+                (_, true) => $of::<W, 4, true>(block, lane, shape, rows),
             }
         };
+    }
+    #[cfg(tilert_sm90)]
+    if IN_PIECES {
+        return by_groups!(narrow_in_pieces);
     }
     if NARROW {
         by_groups!(narrow);
@@ -127,12 +160,36 @@ fn multiply<W: Weights, const NARROW: bool>(block: &Block, x: Rows, count: u32) 
 #[inline(always)]
 fn narrow<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
-    lane: &Lane,
-    shape: &Shape,
+    lane: Lane,
+    shape: Shape,
     rows: [u32; 2],
 ) {
-    let sums = W::product::<G, HALF>(block, lane, shape);
-    for (idx, [sums]) in (0u32..).zip(&sums) {
+    let mut sums = [[[0.0; 4]; 1]; G];
+    let mut next = Next::FIRST;
+    W::product::<G, HALF>(&mut sums, &mut next, block, &lane, &shape);
+    leave_all(block, &sums, rows);
+}
+
+/// The same with inputs that come in pieces.
+#[cfg(tilert_sm90)]
+#[inline(always)]
+fn narrow_in_pieces<W: Weights, const G: usize, const HALF: bool>(
+    block: &Block,
+    lane: Lane,
+    shape: Shape,
+    _rows: [u32; 2],
+) {
+    let sums = pieces::product::<W, G, HALF>(block, lane, shape);
+    // Again: registers are scarce until then.
+    let args = LinearArgs::unpack(&record(block.slot.get()));
+    let count = args.token_rows.count(super::step::counts(block.shared));
+    leave_all(block, &sums, [args.row_count(), count]);
+}
+
+/// Leaves the products of all groups of rows of one or two tokens.
+#[inline(always)]
+fn leave_all<const G: usize>(block: &Block, sums: &Sums<G, 1>, rows: [u32; 2]) {
+    for (idx, [sums]) in (0u32..).zip(sums) {
         leave_narrow(block, *sums, idx * GROUP_ROWS, rows);
     }
 }
@@ -141,16 +198,16 @@ fn narrow<W: Weights, const G: usize, const HALF: bool>(
 #[inline(always)]
 fn wide<W: Weights, const G: usize, const HALF: bool>(
     block: &Block,
-    lane: &Lane,
-    shape: &Shape,
+    lane: Lane,
+    shape: Shape,
     rows: [u32; 2],
 ) {
     // As many blocks ahead as there are registers for.
     let sums = match lane.layout {
-        Layout::Stamped if G <= 2 => product_far::<W, [Words; 2], G, HALF, 3>(block, lane, shape),
-        Layout::Stamped => product_far::<W, [Words; 2], G, HALF, 1>(block, lane, shape),
-        Layout::Far => product_far::<W, [Quad; 2], G, HALF, 2>(block, lane, shape),
-        _ => product::<W, G, HALF>(block, lane, shape),
+        Layout::Stamped if G <= 2 => product_far::<W, [Words; 2], G, HALF, 3>(block, &lane, &shape),
+        Layout::Stamped => product_far::<W, [Words; 2], G, HALF, 1>(block, &lane, &shape),
+        Layout::Far => product_far::<W, [Quad; 2], G, HALF, 2>(block, &lane, &shape),
+        _ => product::<W, G, HALF>(block, &lane, &shape),
     };
     for (idx, [large, middle, small]) in (0u32..).zip(&sums) {
         let sum = |idx: usize| small[idx] + middle[idx] + large[idx];
@@ -164,7 +221,7 @@ type Operands<W, const G: usize> = ([[u32; 4]; 1], [W; G]);
 type Sums<const G: usize, const TILES: usize> = [[[f32; 4]; TILES]; G];
 
 /// Where the next block to load is.
-struct Next {
+pub(crate) struct Next {
     /// Its first column.
     first: u32,
     /// Its shared address.
@@ -174,15 +231,20 @@ struct Next {
 }
 
 impl Next {
-    /// The first block, once its page is full.
+    /// The first block, before its page is looked at.
+    const FIRST: Next = Next { first: 0, address: 0, left: 0 };
+
+    /// Waits for the block's page, if it is the first that is taken of it.
     #[inline(always)]
-    fn new(block: &Block, shape: &Shape) -> Next {
-        block.pages.wait_full();
-        Next { first: 0, address: block.pages.address(), left: shape.page_blocks }
+    fn begin(&mut self, block: &Block, shape: &Shape) {
+        if self.left == 0 {
+            block.pages.wait_full();
+            (self.address, self.left) = (block.pages.address(), shape.page_blocks);
+        }
     }
 
-    /// Goes on by some blocks of a page to the next, once its page is full. Whether those before ended
-    /// their page, as they always do if they `FILL` it.
+    /// Goes on by some blocks of a page to the next, once its page is full if its inputs are near. Whether those
+    /// before ended their page, as they always do if they `FILL` it.
     #[inline(always)]
     fn advance<const FILL: bool>(&mut self, block: &Block, shape: &Shape, blocks: u32) -> bool {
         self.first += blocks * BLOCK_COLUMNS;
@@ -191,7 +253,7 @@ impl Next {
         if !FILL && self.left > 0 && self.first < shape.in_dim {
             return false;
         }
-        if self.first < shape.in_dim {
+        if self.first < shape.end {
             (self.address, self.left) = (block.pages.wait_next(), shape.page_blocks);
         }
         true
@@ -206,7 +268,8 @@ fn product<W: Weights, const G: usize, const HALF: bool>(
     shape: &Shape,
 ) -> Sums<G, 3> {
     let mut sums = [[[0.0; 4]; 3]; G];
-    let mut next = Next::new(block, shape);
+    let mut next = Next::FIRST;
+    next.begin(block, shape);
     while next.first < shape.in_dim {
         add_last::<W, G, 3, HALF>(&mut sums, lane, shape, &next);
         if next.advance::<false>(block, shape, 1) {
@@ -224,7 +287,8 @@ fn product_far<W: Weights, F: Far, const G: usize, const HALF: bool, const AHEAD
     shape: &Shape,
 ) -> Sums<G, 3> {
     let mut sums = [[[0.0; 4]; 3]; G];
-    let mut next = Next::new(block, shape);
+    let mut next = Next::FIRST;
+    next.begin(block, shape);
     let mut ahead: [F; AHEAD] =
         core::array::from_fn(|idx| take_far(lane, shape, idx as u32 * BLOCK_COLUMNS));
     while next.first < shape.in_dim {

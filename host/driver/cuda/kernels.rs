@@ -67,6 +67,9 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     .filter(|kernel| !kernel.text.is_empty())
 }
 
+/// The compute capability from which kernels take long input rows in pieces.
+pub(super) const PIECES_CAPABILITY: u32 = 90;
+
 /// The embedded PTX for a purpose on a GPU of this compute capability.
 pub fn fitting_kernel(capability: u32, purpose: Purpose) -> Option<Kernel> {
     kernels().find(|kernel| kernel.capability <= capability && kernel.purpose == purpose)

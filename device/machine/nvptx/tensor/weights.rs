@@ -20,7 +20,7 @@ pub(crate) use self::e4m3::Fp8;
 #[cfg(tilert_integers)]
 pub(crate) use self::integers::{Q4, Q8};
 use super::super::block::Block;
-use super::{Lane, Shape, Sums};
+use super::{Lane, Next, Shape, Sums};
 
 /// Where a lane's weights of a task are in each block.
 #[derive(Clone, Copy)]
@@ -66,12 +66,14 @@ pub(crate) trait Weights: Copy {
     /// Those of group `idx` of the block at `address`, which has 8 rows if `is_half`.
     fn take(places: &Places, address: u32, idx: u32, is_half: bool) -> Self;
 
-    /// Products with one tile of inputs.
+    /// Adds products with one tile of inputs, from the next block to the end of those that are there.
     fn product<const G: usize, const HALF: bool>(
+        sums: &mut Sums<G, 1>,
+        next: &mut Next,
         block: &Block,
         lane: &Lane,
         shape: &Shape,
-    ) -> Sums<G, 1>;
+    );
 
     /// Multiplies each group's weights and each tile's inputs, and adds the products to the sums; the last
     /// group has 8 rows if `HALF`.

@@ -4,7 +4,7 @@ use tilert_mk_shared::packed::{
     BLOCK_COLUMNS, FRAGMENT_BYTES, GROUP_ROWS, LANE_BYTES, PAD_ROWS, Packing,
 };
 use tilert_mk_shared::task::WeightFormat;
-use tilert_mk_shared::tile::PAGE_BYTES;
+use tilert_mk_shared::tile::{BLOCKS_TOGETHER_MAX, PAGE_BYTES};
 
 use super::super::super::block::Block;
 use super::super::super::memory::{load_shared_pair, load_shared_words};
@@ -37,14 +37,18 @@ impl Weights for Bf16 {
 
     #[inline(always)]
     fn product<const G: usize, const HALF: bool>(
+        sums: &mut Sums<G, 1>,
+        next: &mut Next,
         block: &Block,
         lane: &Lane,
         shape: &Shape,
-    ) -> Sums<G, 1> {
+    ) {
         match G {
-            1 => product_together::<G, HALF, 4>(block, lane, shape),
-            2 => product_together::<G, HALF, 2>(block, lane, shape),
-            _ => product_together::<G, HALF, 1>(block, lane, shape),
+            1 => product_together::<G, HALF, { BLOCKS_TOGETHER_MAX as usize }>(
+                sums, next, block, lane, shape,
+            ),
+            2 => product_together::<G, HALF, 2>(sums, next, block, lane, shape),
+            _ => product_together::<G, HALF, 1>(sums, next, block, lane, shape),
         }
     }
 
@@ -63,17 +67,18 @@ impl Weights for Bf16 {
 /// they would not fit.
 #[inline(always)]
 fn product_together<const G: usize, const HALF: bool, const BLOCKS: usize>(
+    sums: &mut Sums<G, 1>,
+    next: &mut Next,
     block: &Block,
     lane: &Lane,
     shape: &Shape,
-) -> Sums<G, 1> {
-    let mut sums = [[[0.0; 4]; 1]; G];
-    let mut next = Next::new(block, shape);
-    let mut left = shape.in_dim / (BLOCKS as u32 * BLOCK_COLUMNS);
+) {
+    next.begin(block, shape);
+    let mut left = (shape.end - next.first) / (BLOCKS as u32 * BLOCK_COLUMNS);
     if left > 0 {
         let mut multiply = |operands: &[Operands<Bf16, G>; BLOCKS], is_page_end: bool| {
             for (inputs, weights) in operands {
-                Bf16::add::<G, 1, HALF>(&mut sums, inputs, weights);
+                Bf16::add::<G, 1, HALF>(sums, inputs, weights);
             }
             if is_page_end {
                 block.pages.release(block.warp_lane());
@@ -89,32 +94,31 @@ fn product_together<const G: usize, const HALF: bool, const BLOCKS: usize>(
             (left == 0, is_page_end)
         };
         // The two take turns by name: exchanged, they would be copied.
-        let mut operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
+        let mut operands = take_all::<G, HALF, BLOCKS>(lane, shape, next);
         loop {
-            let (is_last, is_page_end) = advance(&mut next);
+            let (is_last, is_page_end) = advance(next);
             if is_last {
                 multiply(&operands, is_page_end);
                 break;
             }
-            let others = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
+            let others = take_all::<G, HALF, BLOCKS>(lane, shape, next);
             multiply(&operands, is_page_end);
-            let (is_last, is_page_end) = advance(&mut next);
+            let (is_last, is_page_end) = advance(next);
             if is_last {
                 multiply(&others, is_page_end);
                 break;
             }
-            operands = take_all::<G, HALF, BLOCKS>(lane, shape, &next);
+            operands = take_all::<G, HALF, BLOCKS>(lane, shape, next);
             multiply(&others, is_page_end);
         }
     }
     // What is left are fewer blocks, of which the last may have fewer columns.
-    while next.first < shape.in_dim {
-        add_last::<Bf16, G, 1, HALF>(&mut sums, lane, shape, &next);
+    while next.first < shape.end {
+        add_last::<Bf16, G, 1, HALF>(sums, lane, shape, next);
         if next.advance::<false>(block, shape, 1) {
             block.pages.release(block.warp_lane());
         }
     }
-    sums
 }
 
 /// Whether so many blocks of `groups` groups fill a page.

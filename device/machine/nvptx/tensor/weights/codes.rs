@@ -70,11 +70,13 @@ impl<C: Codes> Weights for Scaled<C> {
 
     #[inline(always)]
     fn product<const G: usize, const HALF: bool>(
+        sums: &mut Sums<G, 1>,
+        next: &mut Next,
         block: &Block,
         lane: &Lane,
         shape: &Shape,
-    ) -> Sums<G, 1> {
-        product_ahead::<C, G, HALF>(block, lane, shape)
+    ) {
+        product_ahead::<C, G, HALF>(sums, next, block, lane, shape)
     }
 
     /// Group by group: unscaled products of all would not fit the registers.
@@ -96,13 +98,14 @@ impl<C: Codes> Weights for Scaled<C> {
 /// turns.
 #[inline(always)]
 fn product_ahead<C: Codes, const G: usize, const HALF: bool>(
+    sums: &mut Sums<G, 1>,
+    next: &mut Next,
     block: &Block,
     lane: &Lane,
     shape: &Shape,
-) -> Sums<G, 1> {
-    let mut sums = [[[0.0; 4]; 1]; G];
-    let mut next = Next::new(block, shape);
-    let mut left = shape.in_dim / BLOCK_COLUMNS;
+) {
+    next.begin(block, shape);
+    let mut left = (shape.end - next.first) / BLOCK_COLUMNS;
     if left > 0 {
         let mut pending = ([[[0.0; 4]; 1]; G], [[0.0; 2]; G]);
         let mut operands = take_operands::<Scaled<C>, G, HALF>(lane, next.first, next.address);
@@ -115,7 +118,7 @@ fn product_ahead<C: Codes, const G: usize, const HALF: bool>(
                 *then = take_operands::<Scaled<C>, G, HALF>(lane, next.first, next.address);
             }
             let products = unscaled::<C, G, HALF>(&now.0, &now.1);
-            settle(&mut sums, &pending);
+            settle(sums, &pending);
             pending = products;
             if is_page_end {
                 block.pages.release(block.warp_lane());
@@ -123,13 +126,12 @@ fn product_ahead<C: Codes, const G: usize, const HALF: bool>(
             left > 0
         };
         while turn(&operands, &mut others) && turn(&others, &mut operands) {}
-        settle(&mut sums, &pending);
+        settle(sums, &pending);
     }
-    if next.first < shape.in_dim {
-        add_last::<Scaled<C>, G, 1, HALF>(&mut sums, lane, shape, &next);
+    if next.first < shape.end {
+        add_last::<Scaled<C>, G, 1, HALF>(sums, lane, shape, next);
         block.pages.release(block.warp_lane());
     }
-    sums
 }
 
 /// Products of a block that are not in the sums yet, and their scales.
