@@ -18,7 +18,7 @@ pub(crate) type Heads = (u32, u32, u32, &'static str);
 pub(crate) type Rows = [u32; 2];
 pub(crate) const SHORT: Rows = [64, 64];
 /// No row of gate and down has room near.
-const TOO_LONG: Rows = [64, 16_672];
+pub(crate) const TOO_LONG: Rows = [64, 16_672];
 
 /// Logits after each token of a prompt of `len`.
 pub(crate) fn logits(

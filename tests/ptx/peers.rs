@@ -3,7 +3,7 @@
 use tilert_mk::driver::cuda::{Purpose, kernels};
 use tilert_mk::engine::Weights;
 
-use super::heads::{SHORT, logits};
+use super::heads::{Heads, Rows, SHORT, TOO_LONG, logits};
 use super::ptx_device::{PtxDevice, PtxOptions};
 use super::{Output, PROMPT, run, run_clean, run_ptx, shipped};
 
@@ -39,16 +39,26 @@ fn some_schedules_of_two_devices_give_the_same_bits() {
     }
 }
 
+/// Compares a model's logits on two devices with those on one.
+fn check_two(heads: Heads, rows: Rows, width: u32, len: u32, workers: u32) {
+    let bits = |options: PtxOptions| -> Vec<u32> {
+        let logits = run_clean("two devices", options, |device| {
+            logits(device, heads, rows, width, len, Weights::Native)
+        });
+        logits.concat().into_iter().map(f32::to_bits).collect()
+    };
+    assert!(bits(shipped(90, workers, 5)) == bits(shipped_peers(2, workers, 5)));
+}
+
 /// Tasks of a KV head that are on several devices merge its splits together.
 #[test]
 fn attention_that_merges_across_devices_gives_the_same_bits() {
-    let rows = |options: PtxOptions| {
-        let heads = (72, 8, 128, "Llama");
-        run_clean("merging", options, |device| logits(device, heads, SHORT, 3, 68, Weights::Native))
-    };
-    let bits =
-        |rows: Vec<Vec<f32>>| -> Vec<u32> { rows.concat().into_iter().map(f32::to_bits).collect() };
-    assert!(bits(rows(shipped(90, 18, 5))) == bits(rows(shipped_peers(2, 18, 5))));
+    check_two((72, 8, 128, "Llama"), SHORT, 3, 68, 18);
+}
+
+#[test]
+fn rows_in_pieces_of_two_devices_give_the_same_bits() {
+    check_two((2, 1, 64, "Llama"), TOO_LONG, 1, 2, 4);
 }
 
 /// What is said of a run of the PTX after `edit`.
