@@ -84,17 +84,9 @@ const PIECES_GAIN: u32 = 2;
 /// Pages that a ring of larger ones must have: three of Llama-3.1-8B's are slower than four with less in each.
 const LARGE_PAGES_MIN: u32 = 4;
 
-/// How a GPU's block divides its shared memory; none if that is too little.
+/// How a GPU's block divides its shared memory; none if that is too little. Rows without a prologue may come in pieces:
+/// the ring has what they would take.
 fn shared_plan(program: &Program, profile: &Profile) -> Option<SharedPlan> {
-    let wanted = program.formats().into_iter().map(page_bytes).max().unwrap_or(PAGE_BYTES);
-    let plan = plan_of_pages(program, profile, wanted)?;
-    let other = plan_of_pages(program, profile, PAGE_BYTES)?;
-    let is_short = plan.page_count < LARGE_PAGES_MIN.min(other.page_count);
-    Some(if is_short { other } else { plan })
-}
-
-/// The same with pages of so many bytes. Rows without a prologue may come in pieces: the ring has what they would take.
-fn plan_of_pages(program: &Program, profile: &Profile, page_bytes: u32) -> Option<SharedPlan> {
     // Of the rows that have room.
     let (mut longest, mut longest_whole) = (0, 0);
     let linear = program.tasks.iter().filter(|task| task.opcode == Opcode::Linear as u16);
@@ -110,10 +102,16 @@ fn plan_of_pages(program: &Program, profile: &Profile, page_bytes: u32) -> Optio
     }
     // If there may be two tokens, both have room.
     let least = program.dims.kv.slot_count.min(PART_ROWS_MAX) * longest_whole;
-    let plan = |row_bytes| SharedPlan::new(profile.shared_bytes, row_bytes, page_bytes);
-    let (whole, in_pieces) = (plan(least.max(longest))?, plan(least)?);
-    let gain = in_pieces.page_count - whole.page_count;
-    Some(if profile.takes_pieces && gain >= PIECES_GAIN { in_pieces } else { whole })
+    let of_pages = |page_bytes| {
+        let plan = |row_bytes| SharedPlan::new(profile.shared_bytes, row_bytes, page_bytes);
+        let (whole, in_pieces) = (plan(least.max(longest))?, plan(least)?);
+        let gain = in_pieces.page_count - whole.page_count;
+        Some(if profile.takes_pieces && gain >= PIECES_GAIN { in_pieces } else { whole })
+    };
+    let wanted = program.formats().into_iter().map(page_bytes).max().unwrap_or(PAGE_BYTES);
+    let (plan, other) = (of_pages(wanted)?, of_pages(PAGE_BYTES)?);
+    let is_short = plan.page_count < LARGE_PAGES_MIN.min(other.page_count);
+    Some(if is_short { other } else { plan })
 }
 
 /// See `ProgramHeader::distances`.

@@ -77,7 +77,7 @@ impl Pieces {
         (row, turn * TURN + self.lane_column)
     }
 
-    /// Asks for the words of the `len` columns from `first` on; zeros past the end.
+    /// Asks for the words of the piece that begins at `first`; zeros past its end.
     #[inline(always)]
     fn take(&self, first: u32) -> [Words; PIECE_QUADS] {
         let len = self.len(first);
