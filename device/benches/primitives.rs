@@ -54,7 +54,9 @@ fn matmul(criterion: &mut Criterion) {
         (WeightFormat::Bf16, Precision::Exact),
         (WeightFormat::Bf16, Precision::Bf16),
         (WeightFormat::Q8, Precision::Exact),
+        (WeightFormat::Q8, Precision::Bf16),
         (WeightFormat::Q4, Precision::Exact),
+        (WeightFormat::Q4, Precision::Bf16),
         (WeightFormat::Fp8, Precision::Exact),
     ];
     for (format, precision) in formats {

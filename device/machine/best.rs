@@ -13,16 +13,15 @@ impl Best {
     /// Of no values.
     pub const NONE: Best = Best(0);
 
-    /// Of one value. What is not a number is above all that are.
+    /// Of one value.
     #[inline(always)]
     pub fn of(value: f32, index: u32) -> Best {
-        // Both zeros are equal.
-        let bits = (value + 0.0).to_bits();
-        let key = match bits & POSITIVE {
-            _ if value.is_nan() => u32::MAX,
-            0 => bits | POSITIVE,
-            _ => !bits,
-        };
+        Best::of_key(key(value), index)
+    }
+
+    /// Of one value whose `key` this is.
+    #[inline(always)]
+    pub fn of_key(key: u32, index: u32) -> Best {
         Best(u64::from(key) << 32 | u64::from(!index))
     }
 
@@ -32,6 +31,17 @@ impl Best {
         let key = (self.0 >> 32) as u32;
         let bits = if key & POSITIVE != 0 { key ^ POSITIVE } else { !key };
         f32::from_bits(bits).is_finite().then_some(!(self.0 as u32))
+    }
+}
+
+/// A number in the order of values. What is not a number is above all that are; both zeros are equal.
+#[inline(always)]
+pub fn key(value: f32) -> u32 {
+    let bits = (value + 0.0).to_bits();
+    match bits & POSITIVE {
+        _ if value.is_nan() => u32::MAX,
+        0 => bits | POSITIVE,
+        _ => !bits,
     }
 }
 

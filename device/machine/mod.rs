@@ -372,6 +372,34 @@ pub trait Machine {
     /// Collective: adds up `amount` by bin over `0..len`; `bins` has 256 entries.
     fn histogram(&self, len: usize, bins: Span<u64>, item: impl Fn(usize) -> Option<(usize, u64)>);
 
+    /// Collective: the sum of `amount` over `0..len`; `bins` are as above, and free.
+    #[inline(always)]
+    fn sum(&self, len: usize, bins: Span<u64>, amount: impl Fn(usize) -> u64) -> u64
+    where
+        Self: Sized,
+    {
+        crate::ops::sample::sum_in_bins(self, len, bins, amount)
+    }
+
+    /// Collective: the first index at which the amounts of `0..=index` exceed `left`; `bins` likewise.
+    #[inline(always)]
+    fn find(&self, len: usize, bins: Span<u64>, left: u64, amount: impl Fn(usize) -> u64) -> usize
+    where
+        Self: Sized,
+    {
+        crate::ops::sample::find_in_bins(self, len, bins, left, amount)
+    }
+
+    /// Collective: `weights = e^((logits - largest) / temperature) * one`, rounded down; no logit is above `largest`.
+    #[inline(always)]
+    fn weigh(&self, logits: Span<f32>, [largest, temperature, one]: [f32; 3], weights: Span<u64>) {
+        self.for_each(1, weights.len(), |_, index| {
+            let scaled = (logits.read(index) - largest) / temperature;
+            weights.write(index, (self.exp(scaled) * one) as u64);
+        });
+        self.sync();
+    }
+
     /// Collective: runs the op of a claimed task; `ops::run`, unless the machine keeps ops apart.
     #[inline(always)]
     fn run(&self, worker: &Worker<Self>, opcode: Opcode, claim: &Claim) -> Result<(), Stopped>

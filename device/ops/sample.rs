@@ -223,7 +223,7 @@ impl Kept {
         // `left` is now what the tokens of the weight `prefix` must cover, in the order of indices.
         let ties = left / amount(prefix).max(1);
         self.tie_last =
-            find(machine, self.bins, len, ties, |index| u64::from(old.weight(index) == prefix));
+            machine.find(len, self.bins, ties, |index| u64::from(old.weight(index) == prefix));
         self.threshold = prefix;
     }
 }
@@ -244,12 +244,26 @@ fn walk(bins: Span<u64>, is_descending: bool, mut left: u64) -> (usize, u64) {
     (if is_descending { 0 } else { last }, left)
 }
 
+/// The sum of amounts over `0..len`. Collective.
+#[inline(always)]
+pub(crate) fn sum_in_bins<M: Machine>(
+    machine: &M,
+    len: usize,
+    bins: Span<u64>,
+    amount: impl Fn(usize) -> u64,
+) -> u64 {
+    machine.histogram(len, bins, |index| Some((0, amount(index))));
+    let total = bins.read(0);
+    machine.sync();
+    total
+}
+
 /// The first index at which the amounts of `0..=index` exceed `left`. Collective.
 #[inline(always)]
-fn find<M: Machine>(
+pub(crate) fn find_in_bins<M: Machine>(
     machine: &M,
-    bins: Span<u64>,
     len: usize,
+    bins: Span<u64>,
     mut left: u64,
     amount: impl Fn(usize) -> u64,
 ) -> usize {
@@ -284,17 +298,13 @@ fn draw<M: Machine>(
     let bins = worker.heap::<u64>(region + dims.sample_bins_offset(), bin_count);
     let largest = logits.read(best as usize);
     let floor = ((params.min_p * ONE) as u64).max(1);
-    machine.for_each(1, vocab as usize, |_, index| {
-        let scaled = (logits.read(index) - largest) / params.temperature;
-        weights.write(index, (machine.exp(scaled) * ONE) as u64);
-    });
-    machine.sync();
+    machine.weigh(logits, [largest, params.temperature, ONE], weights);
     let mut kept = Kept { weights, bins, threshold: 0, tie_last: vocab as usize };
     if params.top_k > 0 {
         kept.keep(machine, u64::from(params.top_k) - 1, |_| 1);
     }
     if params.top_p < 1.0 {
-        let total = sum(machine, bins, vocab as usize, |index| kept.weight(index));
+        let total = machine.sum(vocab as usize, bins, |index| kept.weight(index));
         let wanted = (total as f64 * f64::from(params.top_p)) as u64;
         kept.keep(machine, wanted.max(1) - 1, |weight| weight);
     }
@@ -302,19 +312,10 @@ fn draw<M: Machine>(
         let weight = kept.weight(index);
         if weight >= floor { weight } else { 0 }
     };
-    let total = sum(machine, bins, vocab as usize, weight);
+    let total = machine.sum(vocab as usize, bins, weight);
     let random = random_bits(params.seed, u64::from(counter));
     let left = ((u128::from(random) * u128::from(total)) >> 64) as u64;
-    find(machine, bins, vocab as usize, left, weight) as u32
-}
-
-/// The sum of amounts. Collective.
-#[inline(always)]
-fn sum<M: Machine>(machine: &M, bins: Span<u64>, len: usize, amount: impl Fn(usize) -> u64) -> u64 {
-    machine.histogram(len, bins, |index| Some((0, amount(index))));
-    let total = bins.read(0);
-    machine.sync();
-    total
+    machine.find(vocab as usize, bins, left, weight) as u32
 }
 
 /// Publishes a record about a slot. For one lane.

@@ -399,6 +399,9 @@ pub(super) fn widen(address: u64, format: WeightFormat, first: u64, out: &mut [f
 pub(super) const EXP_TERMS: [f32; 7] =
     [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
+/// 1.5 * 2^23.
+const SHIFT: f32 = 12_582_912.0;
+
 /// Reduction by `ln 2` in two parts, then the degree-6 Taylor polynomial on `|r| <= ln(2)/2`.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
@@ -409,15 +412,17 @@ pub(super) fn exp(x: f32) -> f32 {
         return 0.0;
     }
     let x = x.min(88.0);
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-    let power = x.mul_add(std::f32::consts::LOG2_E, 12_582_912.0) - 12_582_912.0;
+    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, which is in the lower bits in between. As a
+    // conversion it would not become vectors.
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
+    let power = shifted - SHIFT;
     let rest = power.mul_add(-0.693_359_4, x);
     let rest = power.mul_add(2.121_944_4e-4, rest);
     let mut sum = EXP_TERMS[0];
     for term in &EXP_TERMS[1..] {
         sum = sum.mul_add(rest, *term);
     }
-    sum * f32::from_bits(((power as i32 + 127) as u32) << 23)
+    sum * f32::from_bits(shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127) << 23)
 }
 
 #[cfg(test)]

@@ -16,9 +16,11 @@ mod blocks;
 pub mod counter;
 mod inputs;
 mod lanes;
+mod sampling;
 pub mod thread;
 
 use super::Rows;
+use super::best::Best;
 use super::memory::Span;
 pub use inputs::InputForm;
 use tilert_mk_shared::task::WeightFormat;
@@ -189,6 +191,15 @@ primitive! {
 primitive! {
     /// Converts stored weights, from value `first` of the table at `address`.
     widen(address: u64, format: WeightFormat, first: u64, out: &mut [f32]) = lanes::widen
+}
+primitive! {
+    /// The best of values whose indices begin at `first`.
+    best_of(first: u32, values: &[f32]) -> Best = sampling::best_of
+}
+primitive! {
+    /// `weights = e^((logits - largest) / temperature) * one`, rounded down; no logit is above `largest`.
+    weigh(logits: &[f32], largest: f32, temperature: f32, one: f32, weights: &mut [u64])
+        = sampling::weigh
 }
 primitive! {
     /// `e^x`, within 2 units in the last place; 0 below -87.

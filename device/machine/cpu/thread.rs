@@ -276,7 +276,7 @@ impl Machine for Thread {
             }
             if finish.leaves_best {
                 let BestPlace { word, first } = best(token);
-                word.write(0, best_of(first, out.as_slice()).0);
+                word.write(0, super::best_of(self.isa, first, out.as_slice()).0);
             }
         }
     }
@@ -311,7 +311,7 @@ impl Machine for Thread {
     }
 
     fn argmax(&self, values: Span<f32>) -> Option<u32> {
-        best_of(0, values.as_slice()).chosen()
+        super::best_of(self.isa, 0, values.as_slice()).chosen()
     }
 
     fn best_of(&self, bests: Span<u64>) -> Option<u32> {
@@ -329,6 +329,34 @@ impl Machine for Thread {
         }
     }
 
+    #[inline(always)]
+    fn sum(&self, len: usize, _bins: Span<u64>, amount: impl Fn(usize) -> u64) -> u64 {
+        (0..len).map(amount).sum()
+    }
+
+    #[inline(always)]
+    fn find(
+        &self,
+        len: usize,
+        _bins: Span<u64>,
+        mut left: u64,
+        amount: impl Fn(usize) -> u64,
+    ) -> usize {
+        for index in 0..len {
+            let amount = amount(index);
+            if left < amount {
+                return index;
+            }
+            left -= amount;
+        }
+        len - 1
+    }
+
+    fn weigh(&self, logits: Span<f32>, [largest, temperature, one]: [f32; 3], weights: Span<u64>) {
+        let (logits, weights) = (logits.as_slice(), weights.as_mut_slice());
+        super::weigh(self.isa, logits, largest, temperature, one, weights);
+    }
+
     fn exp(&self, x: f32) -> f32 {
         super::exp(self.isa, x)
     }
@@ -338,10 +366,4 @@ impl Machine for Thread {
 fn rotated(attention: &Attention, idx: u32, query: usize) -> Span<f32> {
     let Attention { head_dim: dim, query_count, .. } = *attention;
     attention.scratch.sub((idx as usize * query_count + query) * dim, dim)
-}
-
-/// The best of values whose indices begin at `first`.
-fn best_of(first: u32, values: &[f32]) -> Best {
-    let of = |(index, value): (u32, &f32)| Best::of(*value, index);
-    (first..).zip(values).map(of).max().unwrap_or(Best::NONE)
 }

@@ -126,12 +126,17 @@ fn add_block<const S: usize, const T: usize, const IS_Q8: bool, const IS_EXACT: 
         let scales = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().cast())) };
         for t in 0..T {
             let [low, middle, high] = sums[s][t];
-            // Both parts are exact in f32, so their sum is rounded once.
             let low = _mm512_add_epi32(_mm512_slli_epi32::<8>(middle), low);
-            let high = _mm512_add_epi32(high, _mm512_srai_epi32::<16>(low));
-            let low = _mm512_and_si512(low, _mm512_set1_epi32(0xffff));
-            let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
-            let sum = _mm512_fmadd_ps(high, _mm512_set1_ps(UPPER), low);
+            // The sum is rounded once.
+            let sum = if IS_EXACT {
+                let high = _mm512_add_epi32(high, _mm512_srai_epi32::<16>(low));
+                let low = _mm512_and_si512(low, _mm512_set1_epi32(0xffff));
+                // Both parts are exact in f32.
+                let (low, high) = (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
+                _mm512_fmadd_ps(high, _mm512_set1_ps(UPPER), low)
+            } else {
+                _mm512_cvtepi32_ps(low)
+            };
             let scales = _mm512_mul_ps(scales, _mm512_set1_ps(inputs[t].scale));
             totals[s][t] = _mm512_fmadd_ps(sum, scales, totals[s][t]);
         }
