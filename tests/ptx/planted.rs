@@ -40,7 +40,7 @@ const fn older(what: &'static str, place: Place, found_as: &'static [&'static st
 const RACE: &[&str] = &["DataRace"];
 const UNWRITTEN: &[&str] = &["UninitialisedMemory"];
 /// Values that come too early, or to another's place, may be another's or nobody's yet.
-const EARLY: &[&str] = &["DataRace", "UninitialisedMemory"];
+pub(crate) const EARLY: &[&str] = &["DataRace", "UninitialisedMemory"];
 /// Nothing goes on; what notices first depends on who waits.
 const STUCK: &[&str] = &["NoProgress", FAULT];
 /// How weights or values that do not arrive are found: the block ends itself after it has told of them.
